@@ -1,0 +1,337 @@
+"""The configuration tree of a model, its presets, and strict JSON in and out.
+
+`config.json` has the shape that vLLM reads (`llm_config`, `vit_config`, `vae_config`) and an `openbagel` part
+with the facts that nothing else records: picture limits, default sampling per task, whether the model decides
+by itself to draw.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from enum import Enum, StrEnum
+from typing import Any, TypeVar
+
+from openbagel.flow import Guidance, Renorm
+from openbagel.images import ImageLimits
+
+T = TypeVar("T")
+
+
+class Experts(StrEnum):
+    """Which weights of a block exist twice: none, the feed-forward, or all of them (`layer_module` of the
+    reference).
+    """
+
+    DENSE = "Qwen2DecoderLayer"
+    MOE = "Qwen2MoEDecoderLayer"
+    MOT = "Qwen2MoTDecoderLayer"
+
+
+class Activation(StrEnum):
+    GELU_TANH = "gelu_pytorch_tanh"
+    GELU = "gelu"
+    RELU = "relu"
+    SILU = "silu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMConfig:
+    """The Qwen2.5 decoder; names as in its Hugging Face config."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+    qk_norm: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViTConfig:
+    """The SigLIP encoder; names as in its Hugging Face config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    """As stored in `vit_config.json`: one more than BAGEL builds and stores."""
+    num_attention_heads: int
+    patch_size: int
+
+    @property
+    def num_used_layers(self) -> int:
+        return self.num_hidden_layers - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VAEConfig:
+    """The FLUX autoencoder; each level but the last halves the picture."""
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    z_channels: int
+    groups: int
+    scale: float
+    shift: float
+
+    @property
+    def downsample(self) -> int:
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Everything a caller may choose about one request. Lengths in tokens; temperature 0 is greedy.
+
+    num_timesteps counts schedule points, so num_timesteps - 1 steps run. taylorseer forecasts two of three
+    steps after the first five (approximate, about twice as fast).
+    """
+
+    max_tokens: int = 512
+    max_think_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    guidance: Guidance = field(default_factory=Guidance)
+    num_timesteps: int = 50
+    timestep_shift: float = 3.0
+    taylorseer: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """Per-model facts that are no architecture. size is (height, width) in pixels, the default of a new
+    picture.
+    """
+
+    size: tuple[int, int]
+    vae_limits: ImageLimits
+    vit_limits: ImageLimits
+    draw: Sampling
+    edit: Sampling
+    ask: Sampling
+    draws_by_itself: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BagelConfig:
+    """One model. vit is None without picture understanding, vae is None without drawing."""
+
+    llm: LLMConfig
+    vit: ViTConfig | None
+    vae: VAEConfig | None
+    layer_module: Experts
+    latent_patch_size: int
+    max_latent_size: int
+    vit_max_num_patch_per_side: int
+    connector_act: Activation
+    interpolate_pos: bool
+    settings: ModelSettings
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels of a latent token's side."""
+        return self.latent_patch_size * (self.vae.downsample if self.vae else 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent token."""
+        return self.latent_patch_size**2 * (self.vae.z_channels if self.vae else 0)
+
+    def understanding_only(self) -> "BagelConfig":
+        """The same model without the generation expert and the autoencoder."""
+        return replace(self, vae=None, layer_module=Experts.DENSE)
+
+
+QWEN_7B = LLMConfig(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    qk_norm=True,
+)
+FLUX_VAE = VAEConfig(
+    ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, groups=32, scale=0.3611, shift=0.1159
+)
+
+
+def official_settings() -> ModelSettings:
+    """Limits and sampling of the official app and notebook."""
+    return ModelSettings(
+        size=(1024, 1024),
+        vae_limits=ImageLimits(max_size=1024, min_size=512, stride=16),
+        vit_limits=ImageLimits(max_size=980, min_size=224, stride=14),
+        draw=Sampling(guidance=Guidance(text=4.0, image=1.0)),
+        edit=Sampling(
+            guidance=Guidance(text=4.0, image=2.0, interval=(0.0, 1.0), renorm=Renorm.TEXT_CHANNEL),
+        ),
+        ask=Sampling(),
+        draws_by_itself=False,
+    )
+
+
+def bagel_7b() -> BagelConfig:
+    """`ByteDance-Seed/BAGEL-7B-MoT`: 14.607 B parameters."""
+    return BagelConfig(
+        llm=QWEN_7B,
+        vit=ViTConfig(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            patch_size=14,
+        ),
+        vae=FLUX_VAE,
+        layer_module=Experts.MOT,
+        latent_patch_size=2,
+        max_latent_size=64,
+        vit_max_num_patch_per_side=70,
+        connector_act=Activation.GELU_TANH,
+        interpolate_pos=False,
+        settings=official_settings(),
+    )
+
+
+def bagel_1_5b() -> BagelConfig:
+    """The ablation model of the paper, on Qwen2.5-1.5B."""
+    llm = replace(
+        QWEN_7B,
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+    )
+    return replace(bagel_7b(), llm=llm)
+
+
+def bagel_0_5b() -> BagelConfig:
+    """The default base of the official training script, Qwen2.5-0.5B."""
+    llm = replace(
+        bagel_1_5b().llm,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+    )
+    return replace(bagel_7b(), llm=llm)
+
+
+def nano(vocab_size: int) -> BagelConfig:
+    """The model that ships with the package: 64x64 pictures of 16 latent and 16 ViT tokens."""
+    limits = ImageLimits(max_size=128, min_size=32, stride=16)
+    return BagelConfig(
+        llm=replace(
+            QWEN_7B,
+            vocab_size=vocab_size,
+            hidden_size=256,
+            intermediate_size=480,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            rope_theta=1e4,
+        ),
+        vit=ViTConfig(
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            patch_size=16,
+        ),
+        vae=replace(FLUX_VAE, ch=16, num_res_blocks=1, z_channels=8, groups=8, scale=1.0, shift=0.0),
+        layer_module=Experts.MOT,
+        latent_patch_size=2,
+        max_latent_size=8,
+        vit_max_num_patch_per_side=8,
+        connector_act=Activation.GELU_TANH,
+        interpolate_pos=False,
+        settings=replace(
+            official_settings(),
+            size=(64, 64),
+            vae_limits=limits,
+            vit_limits=limits,
+            ask=Sampling(max_tokens=64, max_think_tokens=96),
+            draw=Sampling(max_think_tokens=96, guidance=Guidance(text=4.0, image=1.0)),
+            edit=Sampling(
+                max_think_tokens=96,
+                guidance=Guidance(text=4.0, image=1.0, interval=(0.0, 1.0), renorm=Renorm.GLOBAL),
+            ),
+        ),
+    )
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass tree as JSON values; enums by value, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(cls: type[T], data: Any, where: str) -> T:
+    """Builds a dataclass from JSON values, its fields' types deciding.
+
+    Raises ValueError naming `where` and the key for unknown keys (with the nearest valid one), missing ones
+    and values of another type.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected an object, got {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    for key in data:
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, fields)}")
+    for name, f in fields.items():
+        if name not in data and f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: missing key {name!r}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        return None if value is None else _convert(options[0], value, where)
+    if dataclasses.is_dataclass(kind):
+        return from_json(typing.cast(type, kind), value, where)
+    if origin is tuple and isinstance(value, list):
+        item_kinds = typing.get_args(kind)
+        repeated = item_kinds[:1] * len(value) if item_kinds[-1] is Ellipsis else item_kinds
+        if len(repeated) == len(value):
+            return tuple(
+                _convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(repeated, value, strict=True))
+            )
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        choices = [member.value for member in kind]
+        if value not in choices:
+            raise ValueError(
+                f"{where}: {value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}"
+            )
+        return kind(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if not (isinstance(kind, type) and type(value) is kind):
+        raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    return value
+
+
+def nearest(word: str, choices: typing.Iterable[str]) -> str:
+    """A hint such as "; did you mean 'seed'?", or nothing."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

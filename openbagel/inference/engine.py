@@ -1,0 +1,180 @@
+"""Requests are generators; someone else owns the loop.
+
+A request yields either an event, or a `Forward` whose results it receives. `Engine.step` runs the forwards of
+any number of requests as one pack, so a verb that drives one request and a server that drives many share all
+code::
+
+    request  ──Forward──▶ ┐                       ┌──▶ results
+    request  ──Forward──▶ ├─ Engine.step (pack) ──┼──▶ results
+    request  ──event────▶ │ (to whoever listens)  └──▶ results
+
+Closing a request's generator cancels it.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from openbagel.inference.context import Context
+from openbagel.inference.events import Event
+from openbagel.model.bagel import BagelModel
+from openbagel.sequence import PackedSequence, Packer, Segment, VaeImage
+
+T = TypeVar("T")
+
+
+class Read(Enum):
+    """What a row wants to know: nothing, the next token's logits, or the velocity of its latents."""
+
+    NOTHING = auto()
+    LOGITS = auto()
+    VELOCITY = auto()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """New segments of one conversation. keep adds them to the context; hidden splits are never added.
+
+    forecast: hidden states float[N, D] of the latents that stand in for running the stack.
+    """
+
+    context: Context
+    segments: tuple[Segment, ...]
+    keep: bool = False
+    read: Read = Read.NOTHING
+    forecast: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """output: float32 logits [vocabulary] or velocity [N, C]; hidden: float[N, D] of the latents, before the
+    final norm.
+    """
+
+    output: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    rows: tuple[Row, ...]
+
+
+Request = Generator[Forward | Event, tuple[Result, ...], T]
+
+
+class Engine:
+    """Runs forwards on one model; holds no state of any request. `passes` counts the samples that went
+    through the stack.
+    """
+
+    def __init__(self, model: BagelModel, packer: Packer) -> None:
+        self.model, self.packer = model, packer
+        self.passes = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.lm_head.weight.device
+
+    @torch.inference_mode()
+    def step(self, forwards: Sequence[Forward]) -> list[tuple[Result, ...]]:
+        """Runs all rows of all forwards as one pack; results come in the same order."""
+        rows = [row for forward in forwards for row in forward.rows]
+        hidden = self._run([row for row in rows if row.forecast is None])
+        states = [next(hidden) if row.forecast is None else row.forecast for row in rows]
+        results = iter(self._read(rows, states))
+        return [tuple(next(results) for _ in forward.rows) for forward in forwards]
+
+    def _run(self, rows: list[Row]) -> Iterator[Tensor]:
+        """Per row: the hidden state of its last token, or those of its latents."""
+        if not rows:
+            return iter(())
+        pack = self.packer.pack([row.segments for row in rows], [row.context.position for row in rows]).to(
+            self.device
+        )
+        self.passes += len(rows)
+        for row, spans in zip(rows, pack.spans, strict=True):
+            row.context.prepare(sum(span.length for span in spans), keep=row.keep)
+        hidden_TD = self.model(pack, caches=[row.context for row in rows])
+        for row, spans, position in zip(rows, pack.spans, pack.next_positions, strict=True):
+            if row.keep:
+                row.context.commit(sum(span.length for span in spans if not span.hidden), position)
+        return iter(_states(rows, pack, hidden_TD))
+
+    def _read(self, rows: list[Row], states: list[Tensor]) -> list[Result]:
+        results = [Result()] * len(rows)
+        for read, head in ((Read.LOGITS, self.model.logits), (Read.VELOCITY, self.model.velocity)):
+            places = [i for i, row in enumerate(rows) if row.read is read]
+            if not places:
+                continue
+            outputs = head(torch.cat([states[i] for i in places])).float()
+            split = outputs.split([len(states[i]) for i in places])
+            for i, output in zip(places, split, strict=True):
+                results[i] = Result(output[0] if read is Read.LOGITS else output, states[i])
+        return results
+
+    def stream(self, request: Request[T]) -> Iterator[Event]:
+        """Drives one request and yields its events; closing the iterator cancels the request."""
+        results: tuple[Result, ...] | None = None
+        with closing(request):
+            while True:
+                try:
+                    item = next(request) if results is None else request.send(results)
+                except StopIteration:
+                    return
+                results = None
+                if isinstance(item, Forward):
+                    results = self.step([item])[0]
+                else:
+                    yield item
+
+    def drive(self, request: Request[T], listen: Callable[[Event], None] | None = None) -> T:
+        """Drives one request to its end."""
+        return self.drive_all([request], lambda _, event: listen(event) if listen else None)[0]
+
+    def drive_all(
+        self, requests: Sequence[Request[T]], listen: Callable[[int, Event], None] | None = None
+    ) -> list[T]:
+        """Drives requests together, one pack a step; listen gets each event with its request's number."""
+        answers: dict[int, T] = {}
+        inbox: dict[int, tuple[Result, ...] | None] = dict.fromkeys(range(len(requests)))
+        while inbox:
+            waiting: dict[int, Forward] = {}
+            for number, results in inbox.items():
+                try:
+                    waiting[number] = advance(requests[number], results, number, listen)
+                except StopIteration as stop:
+                    answers[number] = stop.value
+            inbox = dict(zip(waiting, self.step(list(waiting.values())), strict=True)) if waiting else {}
+        return [answers[number] for number in range(len(requests))]
+
+
+def advance(
+    request: Request[T],
+    results: tuple[Result, ...] | None,
+    number: int = 0,
+    listen: Callable[[int, Event], None] | None = None,
+) -> Forward:
+    """Runs a request to its next forward, handing events on; StopIteration carries its value when it ends."""
+    item = request.send(results) if results is not None else next(request)
+    while not isinstance(item, Forward):
+        if listen is not None:
+            listen(number, item)
+        item = next(request)
+    return item
+
+
+def _states(rows: list[Row], pack: PackedSequence, hidden_TD: Tensor) -> list[Tensor]:
+    counts = [
+        sum(len(f.tokens) for s in row.segments if isinstance(s, VaeImage) for f in s.frames) for row in rows
+    ]
+    latents = hidden_TD[pack.num_und :].split(counts)
+    samples = torch.arange(len(rows), device=hidden_TD.device)
+    last = torch.searchsorted(pack.sample[: pack.num_und].contiguous(), samples, right=True) - 1
+    final = hidden_TD[: pack.num_und][last].split(1)
+    return [latents[i] if row.read is Read.VELOCITY else final[i] for i, row in enumerate(rows)]

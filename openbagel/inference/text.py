@@ -1,0 +1,111 @@
+"""Writing text, token by token."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from openbagel.config import Sampling
+from openbagel.inference import events
+from openbagel.inference.context import Context
+from openbagel.inference.engine import Forward, Read, Request, Row
+from openbagel.sequence import Text
+from openbagel.tokens import TextCodec
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+
+def write(
+    context: Context,
+    codec: TextCodec,
+    *,
+    sampling: Sampling,
+    max_tokens: int,
+    generator: torch.Generator,
+    thinking: bool = False,
+) -> Request[tuple[int, ...]]:
+    """Continues a context with one text of at most max_tokens ids and returns them, without markers.
+
+    The context afterwards holds the whole text, markers included. thinking: what stands in think tags, or
+    comes before their end, is reported as a thought.
+    """
+    context.reserve(max_tokens + 2)
+    speech, ids, fed = Speech(codec, thinking), [], codec.start
+    while len(ids) < max_tokens:
+        (result,) = yield Forward((Row(context, (Text((fed,), bare=True),), keep=True, read=Read.LOGITS),))
+        assert result.output is not None
+        fed = choose(result.output, sampling, generator)
+        if fed == codec.end:
+            break
+        ids.append(fed)
+        yield from speech.say(fed)
+    yield from speech.finish()
+    rest = (fed,) if fed == codec.end else (fed, codec.end)
+    yield Forward((Row(context, (Text(rest, bare=True),), keep=True),))
+    return tuple(ids)
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next id from float32 logits [vocabulary]: the largest at temperature 0, else a draw after top-k and
+    top-p.
+    """
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    values, ids = (logits.cpu() / sampling.temperature).sort(descending=True)
+    if sampling.top_k:
+        values, ids = values[: sampling.top_k], ids[: sampling.top_k]
+    probabilities = values.softmax(0)
+    before = probabilities.cumsum(0) - probabilities
+    probabilities[(before >= sampling.top_p) & (before > 0)] = 0
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+class Speech:
+    """Turns ids into text events as soon as their characters are complete, thoughts apart."""
+
+    def __init__(self, codec: TextCodec, thinking: bool) -> None:
+        self.codec, self.thinking = codec, thinking
+        self.pending: list[int] = []
+        self.text = ""
+
+    def say(self, token: int) -> Iterator[events.Event]:
+        self.pending.append(token)
+        piece = self.codec.decode(self.pending)
+        if not piece.endswith("\ufffd"):
+            self.pending = []
+            self.text += piece
+            yield from self._emit(hold_back=True)
+
+    def finish(self) -> Iterator[events.Event]:
+        """What is left when the text ends."""
+        self.text += self.codec.decode(self.pending)
+        self.pending = []
+        yield from self._emit(hold_back=False)
+
+    def _emit(self, *, hold_back: bool) -> Iterator[events.Event]:
+        if self.thinking:
+            self.text = self.text.removeprefix(THINK_OPEN)
+            thought, closed, rest = self.text.partition(THINK_CLOSE)
+            if not closed and hold_back and _may_become_tag(self.text):
+                return
+            if thought:
+                yield events.Thought(thought)
+            self.text = rest
+            self.thinking = not closed
+        if self.text and not self.thinking:
+            yield events.Text(self.text)
+            self.text = ""
+
+
+def _may_become_tag(text: str) -> bool:
+    """Whether the text's end is a beginning of a think tag."""
+    tail = text[text.rfind("<") :] if "<" in text else ""
+    return bool(tail) and (THINK_OPEN.startswith(tail) or THINK_CLOSE.startswith(tail))
+
+
+def split_thought(text: str) -> tuple[str | None, str]:
+    """(thought, answer) of a text; the thought is None where there are no think tags."""
+    before, closed, answer = text.partition(THINK_CLOSE)
+    if not closed:
+        return (text.removeprefix(THINK_OPEN).strip(), "") if text.startswith(THINK_OPEN) else (None, text)
+    return before.removeprefix(THINK_OPEN).strip(), answer.strip()

@@ -1,0 +1,42 @@
+"""Learning-rate schedules and the exponential moving average of the weights."""
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.0) -> float:
+    """Linear warm-up to the peak, then a cosine down to floor·peak at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class EMA:
+    """A float32 average of the trainable parameters: average ← d·average + (1 - d)·parameter.
+
+    d rises to `decay` as (1 + step) / (10 + step), so that the random start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {k: p.detach().float().clone() for k, p in model.named_parameters() if p.requires_grad}
+
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        parameters = dict(model.named_parameters())
+        for name, average in self.average.items():
+            average.lerp_(parameters[name].detach().float(), 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.average)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in self.average.items():
+            value.copy_(state[name])
+
+
+def trainable(model: nn.Module) -> Iterable[nn.Parameter]:
+    return (p for p in model.parameters() if p.requires_grad)
