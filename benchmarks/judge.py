@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--damaged", type=int, default=1_000, help="pictures of each kind of damage")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     world = nano_world()
     scenes = sample_scenes(world, options.scenes, seed=options.seed)
     redraws: dict[str, Redraw] = {"as rendered": lambda pictures: pictures, "softened": soften}

@@ -105,6 +105,8 @@ class Sampling:
     num_timesteps: int = 50
     timestep_shift: float = 3.0
     taylorseer: bool = False
+    tiled_vae: bool = False
+    """Encode and decode large pictures in overlapping tiles: bounded memory, approximate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +283,8 @@ def to_json(value: Any) -> Any:
         return value.value
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
     return value
 
 
@@ -317,6 +321,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return tuple(
                 _convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(repeated, value, strict=True))
             )
+    if origin is dict and isinstance(value, dict):
+        item_kind = typing.get_args(kind)[1]
+        return {str(key): _convert(item_kind, item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(kind, type) and issubclass(kind, Enum):
         choices = [member.value for member in kind]
         if value not in choices:

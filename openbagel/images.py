@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 MAX_PICTURE_PIXELS = 64_000_000
@@ -109,6 +110,19 @@ def to_picture(pixels: Tensor) -> Image.Image:
     """float[3, H, W] in [-1, 1] to a picture; values are clamped and truncated, as the reference does."""
     scaled = (pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255
     return Image.fromarray(scaled.permute(1, 2, 0).to("cpu", torch.uint8).numpy())
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a picture, its folder first; PNG files carry `picture.info` (seed, settings, thought)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = PngInfo()
+    for key, value in picture.info.items():
+        if value is not None:
+            notes.add_itxt(str(key), str(value))
+    if path.suffix.lower() == ".png":
+        picture.save(path, pnginfo=notes)
+    else:
+        picture.save(path)
 
 
 def patchify(image_CHW: Tensor, patch: int) -> Tensor:

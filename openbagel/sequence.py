@@ -223,7 +223,7 @@ class _Draft:
             return position
         first = len(self.ids)
         self._add_split(ids, range(position, position + len(ids)), causal=True, hidden=False)
-        if text.loss:
+        if text.loss and len(ids) > 1:
             weight = (len(ids) - 1) ** -0.5
             self.labels += [(first + i, label, weight) for i, label in enumerate(ids[1:])]
         return position + len(ids)

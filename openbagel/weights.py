@@ -12,8 +12,9 @@ that already have the wanted dtype take no memory of their own.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from openbagel.config import (
     BagelConfig,
     Experts,
     LLMConfig,
-    ModelSettings,
     VAEConfig,
     ViTConfig,
     bagel_7b,
@@ -390,5 +390,26 @@ def _shards(state: dict[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Te
         yield shard
 
 
-def with_settings(checkpoint: Checkpoint, settings: ModelSettings) -> Checkpoint:
-    return replace(checkpoint, config=replace(checkpoint.config, settings=settings))
+def describe(folder: Path) -> dict[str, Any]:
+    """What a folder holds, read from its configuration and tensor headers alone."""
+    files = TensorFiles(weight_files(folder))
+    vae_files = TensorFiles([folder / VAE_FILE] if (folder / VAE_FILE).is_file() else [])
+    shapes, vae_shapes = files.shapes(), vae_files.shapes()
+    config = read_config(folder, shapes, vae_shapes, {})
+    parts: dict[str, int] = dict.fromkeys(
+        ("understanding expert", "generation expert", "vit and connector"), 0
+    )
+    for name, shape in shapes.items():
+        if any(part in name for part in GENERATION_PARTS):
+            part = "generation expert"
+        else:
+            part = "vit and connector" if name.startswith(("vit_", "connector.")) else "understanding expert"
+        parts[part] += math.prod(shape)
+    parts["autoencoder"] = sum(math.prod(shape) for shape in vae_shapes.values())
+    dtypes = sorted({str(files.handles[name].get_slice(name).get_dtype()) for name in shapes})
+    return {
+        "folder": str(folder),
+        "parameters": parts | {"all": sum(parts.values())},
+        "dtypes": dtypes,
+        "config": config_json(config),
+    }

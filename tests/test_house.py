@@ -41,7 +41,7 @@ FORBIDDEN_WORDS = ("/".join(("", "work", "")), "/".join(("..", "shared")))
 
 LAYERS = (
     {"cli"},
-    {"integrations", "serve", "train", "evals"},
+    {"integrations", "serve", "train", "evals", "demo"},
     {"inference", "data", "world"},
     {"doctor", "memory", "lora", "quantize", "weights", "hub"},
     {"model"},

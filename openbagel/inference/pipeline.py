@@ -175,7 +175,7 @@ class Bagel:
         reply: "text" or "image" asks for one of them; "auto" lets the model decide, which only models trained
         to decide can (ValueError otherwise).
         """
-        if reply == "auto" and not self.config.settings.draws_by_itself:
+        if reply == "auto":
             raise ValueError(
                 "this model was not trained to decide between writing and drawing; "
                 'pass reply="text" or reply="image"'
@@ -233,7 +233,9 @@ class Bagel:
         height, width = self._checked(size or (last[0] if last else self.config.settings.size))
         generator = torch.Generator().manual_seed(seed)
         heard = [
-            self._said(p) if isinstance(p, str) else self._shown(shown[i], generator)
+            self._said(p)
+            if isinstance(p, str)
+            else self._shown(shown[i], generator, tiled=sampling.tiled_vae)
             for i, p in enumerate(parts)
         ]
 
@@ -257,7 +259,7 @@ class Bagel:
             grid = (height // self.config.latent_stride, width // self.config.latent_stride)
             noise = draw_noise(grid, self.config.latent_channels, generator).to(self.engine.device)
             latents = yield from denoise(branches, noise, grid, sampling)
-            picture = self.decode(latents, grid)
+            picture = self.decode(latents, grid, tiled=sampling.tiled_vae)
             picture.info = {"seed": seed, "settings": json.dumps(to_json(sampling)), "thought": thought}
             yield events.Picture(picture)
             yield events.Done()
@@ -266,14 +268,16 @@ class Bagel:
         return request()
 
     @torch.inference_mode()
-    def decode(self, latents: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
+    def decode(self, latents: torch.Tensor, grid: tuple[int, int], *, tiled: bool = False) -> Image.Image:
         """The picture of latent tokens float[h·w, C]."""
         assert self.autoencoder is not None
         z_CHW = unpatchify(latents, grid, self.config.latent_patch_size)
-        return to_picture(self.autoencoder.decode(z_CHW[None].to(self._vae_dtype))[0])
+        return to_picture(self.autoencoder.decode(z_CHW[None].to(self._vae_dtype), tiled=tiled)[0])
 
     @torch.inference_mode()
-    def encode(self, pixels_CHW: torch.Tensor, generator: torch.Generator) -> VaeImage:
+    def encode(
+        self, pixels_CHW: torch.Tensor, generator: torch.Generator, *, tiled: bool = False
+    ) -> VaeImage:
         """A clean picture split from float[3, H, W] in [-1, 1]; the posterior is sampled with CPU noise."""
         assert self.autoencoder is not None
         vae = self.autoencoder.config
@@ -282,7 +286,7 @@ class Bagel:
             1, vae.z_channels, height // vae.downsample, width // vae.downsample, generator=generator
         )
         pixels = pixels_CHW[None].to(self.engine.device, self._vae_dtype)
-        z_CHW = self.autoencoder.encode(pixels, noise.to(pixels))[0].float()
+        z_CHW = self.autoencoder.encode(pixels, noise.to(pixels), tiled=tiled)[0].float()
         stride = self.config.latent_stride
         return VaeImage.clean(
             patchify(z_CHW, self.config.latent_patch_size), (height // stride, width // stride)
@@ -308,9 +312,9 @@ class Bagel:
             raise ValueError("this model cannot look at pictures: it has no ViT")
         return VitImage(to_pixels(self.config.settings.vit_limits.resize(picture)))
 
-    def _shown(self, picture: Image.Image, generator: torch.Generator) -> list[Segment]:
+    def _shown(self, picture: Image.Image, generator: torch.Generator, *, tiled: bool) -> list[Segment]:
         """What drawing sees of a picture already within its limits: its latents, then the ViT."""
-        return [self.encode(to_pixels(picture), generator), self._vit(picture)]
+        return [self.encode(to_pixels(picture), generator, tiled=tiled), self._vit(picture)]
 
     def _sampling(self, task: Literal["draw", "edit"], guidance: Guidance | None) -> Sampling:
         sampling: Sampling = getattr(self.config.settings, task)

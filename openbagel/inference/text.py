@@ -105,7 +105,8 @@ def _may_become_tag(text: str) -> bool:
 
 def split_thought(text: str) -> tuple[str | None, str]:
     """(thought, answer) of a text; the thought is None where there are no think tags."""
-    before, closed, answer = text.partition(THINK_CLOSE)
+    before, closed, answer = text.lstrip().partition(THINK_CLOSE)
     if not closed:
-        return (text.removeprefix(THINK_OPEN).strip(), "") if text.startswith(THINK_OPEN) else (None, text)
-    return before.removeprefix(THINK_OPEN).strip(), answer.strip()
+        answer = "" if before.startswith(THINK_OPEN) else text
+    thought = before.removeprefix(THINK_OPEN).strip()
+    return (None, answer) if answer is text else (thought, answer.strip())

@@ -176,7 +176,7 @@ class AutoEncoder(nn.Module):
         return self.latents(moments, noise)
 
     def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
-        """float[B, Z, h, w] to pictures float[B, 3, H, W], about [-1, 1], not clamped; tiled as in `encode`."""
+        """float[B, Z, h, w] to float[B, 3, H, W], about [-1, 1], not clamped; tiled as in `encode`."""
         z = latents / self.config.scale + self.config.shift
         return in_tiles(self.decoder, z, 1, self.config.downsample) if tiled else self.decoder(z)
 

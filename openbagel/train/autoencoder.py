@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openbagel.config import VAEConfig
@@ -65,7 +64,9 @@ def train_autoencoder(
         first = saved["step"]
     started = time.monotonic()
     for step in range(first, recipe.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, peak=recipe.lr, warmup=200, total=recipe.steps)
+        optimizer.param_groups[0]["lr"] = learning_rate(
+            step, peak=recipe.lr, warmup=200, total=recipe.steps, decay=recipe.steps
+        )
         pixels = batch_of(world, recipe, step).contiguous(memory_format=torch.channels_last)
         moments = autoencoder.moments(pixels)
         mean, log_variance = moments.chunk(2, dim=1)
@@ -116,13 +117,3 @@ def latent_scale(autoencoder: AutoEncoder, world: World, recipe: AutoencoderReci
             moments, torch.randn(moments.chunk(2, 1)[0].shape, generator=torch.Generator().manual_seed(0))
         )
     return 1 / z.std().item(), z.mean().item()
-
-
-def save_autoencoder(autoencoder: AutoEncoder, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    save_file({k: v.to(dtype).contiguous() for k, v in autoencoder.state_dict().items()}, path)
-
-
-def load_autoencoder(config: VAEConfig, path: Path) -> AutoEncoder:
-    autoencoder = AutoEncoder(config)
-    autoencoder.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    return autoencoder

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.0) -> float:
-    """Linear warm-up to the peak, then a cosine down to floor·peak at the last step."""
+def learning_rate(step: int, *, peak: float, warmup: int, total: int, decay: int) -> float:
+    """Linear warm-up to the peak, constant, then half a cosine down to zero over the last `decay` steps."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    progress = (step - (total - decay)) / max(decay, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
 class EMA:

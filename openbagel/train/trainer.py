@@ -20,13 +20,13 @@ from openbagel.world.samples import Teacher
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRecipe:
-    """lr follows a cosine from its peak to lr_floor·peak; samples counts the samples of a pack."""
+    """lr warms up, holds, and falls to zero over the last decay_steps; samples is the size of a pack."""
 
     steps: int
     samples: int = 32
     lr: float = 1e-3
-    lr_floor: float = 0.02
     warmup: int = 200
+    decay_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-15
@@ -36,6 +36,7 @@ class TrainRecipe:
     mse_weight: float = 1.0
     ema: float = 0.999
     execution: Execution = Execution.DENSE
+    seed: int = 0
     max_minutes: float = 60.0
     """The run stops here whatever the step; run again to go on."""
     save_every: int = 1000
@@ -89,7 +90,7 @@ class Trainer:
     @property
     def lr(self) -> float:
         r = self.recipe
-        return learning_rate(self.step, peak=r.lr, warmup=r.warmup, total=r.steps, floor=r.lr_floor)
+        return learning_rate(self.step, peak=r.lr, warmup=r.warmup, total=r.steps, decay=r.decay_steps)
 
     def train_step(self) -> tuple[Tensor, int]:
         """One pack, one update; returns (mean cross-entropy, mean squared velocity error) and the pack's

@@ -4,7 +4,7 @@ Analysis by synthesis. Solid patches of a known colour are found, each is compar
 rendered in its place, and the scene is rendered again: what the picture shows beyond it decides whether it is
 clean.
 
-Shape suffixes: K found objects, C candidates for them, H and W pixels.
+Shape suffixes: X any number, K found objects, C candidates for them, H and W pixels.
 """
 
 import itertools
@@ -41,8 +41,8 @@ RELATION_MARGIN = 0.1
 
 _PURE = 0.16
 """Pixels closer than this to a palette colour (Euclidean, RGB in [0, 1]) belong to it."""
-_GROW = 5
-"""An object's pixels reach this far beyond its solid inside; the softness of its edge lies in between."""
+_GROW = 4
+"""An object's pixels reach this far beyond its pure ones; the softness of its edge lies in between."""
 _LOWEST_CONTRAST = 0.4
 _MAX_FOUND = 24
 
@@ -75,7 +75,7 @@ class Misfit:
         return ""
 
 
-_WORST = Misfit(noise=0.055, patch=0.3, outline=0.68, blur=0.65)
+_WORST = Misfit(noise=0.055, patch=0.3, outline=0.7, blur=0.65)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +194,17 @@ def _nearest_ground(rgb: Tensor, world: World) -> tuple[Ground, float]:
 
 
 def _find_patches(pixels_3HW: Tensor, ground_rgb: Tensor, *, ground: Ground, world: World) -> list[_Patch]:
-    """The solid patches of the world's colours that are large enough to be an object."""
+    """The connected patches of the world's colours that are large enough to be an object."""
     side = pixels_3HW.shape[1]
     palette = torch.tensor([GROUND_RGB[ground], *(COLOUR_RGB[colour] for colour in world.colours)]) / 255
     squared_HW, colour_HW = (pixels_3HW[None] - palette[:, :, None, None]).square().sum(dim=1).min(dim=0)
     colour_HW = torch.where(squared_HW < _PURE**2, colour_HW, -1).float()
     solid_HW = (colour_HW > 0) & (_dilate(colour_HW) == -_dilate(-colour_HW))
-    labels_HW = _components(solid_HW)
+    if not solid_HW.any():
+        return []
+    present = colour_HW[solid_HW].unique()
+    labels_XHW = _components(colour_HW == present[:, None, None])
+    labels_HW = (labels_XHW * torch.isin(labels_XHW, labels_XHW[:, solid_HW])).sum(dim=0)
     smallest = min(_template(shape, size, side).area for shape in world.shapes for size in world.sizes)
     for _ in range(_GROW):
         labels_HW = torch.where(labels_HW > 0, labels_HW, _dilate(labels_HW))
@@ -217,20 +221,22 @@ def _find_patches(pixels_3HW: Tensor, ground_rgb: Tensor, *, ground: Ground, wor
     return patches
 
 
-def _dilate(values_HW: Tensor, *, reach: int = 1) -> Tensor:
+def _dilate(values_XHW: Tensor, *, reach: int = 1) -> Tensor:
     """The largest value up to `reach` pixels away from each pixel, in a square."""
-    return F.max_pool2d(values_HW[None, None], 2 * reach + 1, stride=1, padding=reach)[0, 0]
+    size = values_XHW.shape
+    planes = values_XHW.reshape(1, -1, *size[-2:])
+    return F.max_pool2d(planes, 2 * reach + 1, stride=1, padding=reach).reshape(size)
 
 
-def _components(mask_HW: Tensor) -> Tensor:
-    """A different positive number for each 8-connected component of a mask, and 0 outside: float[H, W]."""
-    numbers = torch.arange(1, mask_HW.numel() + 1, dtype=torch.float32).reshape(mask_HW.shape)
-    labels_HW = numbers * mask_HW
+def _components(mask_XHW: Tensor) -> Tensor:
+    """A different positive number for each 8-connected component of each mask, 0 outside: float[X, H, W]."""
+    numbers = torch.arange(1, mask_XHW.numel() + 1, dtype=torch.float32).reshape(mask_XHW.shape)
+    labels_XHW = numbers * mask_XHW
     while True:
-        spread = _dilate(_dilate(labels_HW) * mask_HW) * mask_HW
-        if torch.equal(spread, labels_HW):
-            return labels_HW
-        labels_HW = spread
+        spread = _dilate(_dilate(labels_XHW) * mask_XHW) * mask_XHW
+        if torch.equal(spread, labels_XHW):
+            return labels_XHW
+        labels_XHW = spread
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def _circle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.75).abs() - 0.25
+    return (torch.hypot(x, y) - 0.7).abs() - 0.3
 
 
 def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
@@ -123,10 +123,11 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    """Two discs side by side, and below them the wedge that touches both."""
+    """Two discs side by side, and the wedge that goes down from their centres and touches both."""
     x, y = x.abs() - 0.48, y + 0.35
     disc = torch.hypot(x, y) - 0.52
-    wedge = torch.maximum((x + y) * math.sqrt(0.5) - 0.52, -y)
+    slopes = torch.maximum((x + y) * math.sqrt(0.5) - 0.52, (x - y) * math.sqrt(0.5))
+    wedge = torch.maximum(slopes, -y)
     return torch.minimum(disc, wedge)
 
 

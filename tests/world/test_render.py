@@ -24,7 +24,7 @@ AREAS = {
     Shape.SQUARE: 1.76**2,
     Shape.TRIANGLE: 1.74,
     Shape.CROSS: 2 * 2 * 0.72 - 0.72**2,
-    Shape.RING: math.pi * 0.75,
+    Shape.RING: math.pi * (1 - 0.4**2),
     Shape.DIAMOND: 2 * 0.7 * 1.1,
 }
 """Areas in squared radii, from geometry."""

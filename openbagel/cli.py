@@ -1,0 +1,404 @@
+"""`openbagel <verb>`: parse, build a dataclass, call one function.
+
+Every verb is a frozen dataclass: its fields are its arguments, its docstring is its help, its `run` does the
+work. What a user got wrong (ValueError, or a file that cannot be used) becomes one line and exit code 2.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openbagel.config import Sampling, nearest
+from openbagel.flow import Guidance, Renorm
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from openbagel.inference.events import Event
+    from openbagel.inference.pipeline import Bagel
+
+
+def option(help: str, default: Any = None, **argument: Any) -> Any:
+    """A field that is an option; argument goes to argparse."""
+    return field(default=default, metadata={"help": help, **argument})
+
+
+def positional(help: str, **argument: Any) -> Any:
+    return field(default=None, metadata={"help": help, "positional": True, **argument})
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT to (height, width)."""
+    width, x, height = text.lower().partition("x")
+    if not (x and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT, for example 64x64")
+    return int(height), int(width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    model: str = option("nano, a checkpoint folder, or a Hugging Face model id", "nano")
+    device: str | None = option("cpu, cuda, cuda:1, mps; default: CUDA if there is one")
+    dtype: str | None = option(
+        "weights and compute; default: bfloat16 where it is fast", choices=("float32", "bfloat16", "float16")
+    )
+
+    def load(self) -> "Bagel":
+        import torch
+
+        from openbagel.inference.pipeline import Bagel
+
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        return Bagel.load(self.model, device=self.device, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    think: bool = option("let the model think in words first", False)
+    seed: int = option("of the noise and of sampled tokens", 0)
+    max_tokens: int | None = option("longest answer")
+    max_think_tokens: int | None = option("longest thought")
+    temperature: float | None = option("of sampled tokens; 0 is greedy")
+    top_p: float | None = option("keep the likeliest tokens up to this share")
+    top_k: int | None = option("keep so many of the likeliest tokens")
+    num_timesteps: int | None = option("schedule points; one step fewer is made")
+    timestep_shift: float | None = option("above 1: more steps where there is much noise")
+    taylorseer: bool | None = option("forecast two of three steps (approximate)")
+    tiled_vae: bool | None = option("run the autoencoder in tiles: less memory for large pictures")
+    text_guidance: float | None = option("scale of the text guidance; 1 is off")
+    image_guidance: float | None = option("scale of the image guidance; 1 is off")
+    guidance_interval: tuple[float, float] | None = option(
+        "times at which guidance acts", metavar=("LOW", "HIGH")
+    )
+    renorm: Renorm | None = option("how a guided velocity is scaled back")
+    renorm_min: float | None = option("least factor of the renormalisation; 1 is off")
+
+    def over(self, default: Sampling) -> Sampling:
+        """A model's default with what was asked for."""
+        names = {"text_guidance": "text", "image_guidance": "image", "guidance_interval": "interval"}
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingOptions)}
+        asked = {names.get(name, name): value for name, value in own.items() if value is not None}
+        guidance, sampling = (
+            {
+                name: value
+                for name, value in asked.items()
+                if name in {f.name for f in dataclasses.fields(cls)}
+            }
+            for cls in (Guidance, Sampling)
+        )
+        return replace(default, guidance=replace(default.guidance, **guidance), **sampling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(ModelOptions, SamplingOptions):
+    """draw pictures from prompts"""
+
+    prompt: str | None = positional("what to draw", nargs="?")
+    prompts: Path | None = option("a text file with one prompt a line, instead of PROMPT")
+    output: Path = option("a PNG file, or a folder for several pictures", Path("out.png"), short="-o")
+    num: int = option("pictures of each prompt, with seeds SEED, SEED+1, …", 1)
+    size: tuple[int, int] | None = option("of the picture in pixels", metavar="WIDTHxHEIGHT", type=size_of)
+
+    def run(self) -> None:
+        prompts = [prompt for prompt in self._prompts() for _ in range(self.num)]
+        paths = numbered(self.output, len(prompts))
+        bagel = self.load()
+        sampling = self.over(bagel.config.settings.draw)
+        with progress(len(prompts) * (sampling.num_timesteps - 1)) as listen:
+            drawer = bagel.using(sampling, listen=listen)
+            pictures = drawer.generate(prompts, size=self.size, seed=self.seed, think=self.think)
+        for picture, path in zip(pictures, paths, strict=True):
+            keep(picture, path)
+
+    def _prompts(self) -> list[str]:
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("give either a PROMPT or --prompts FILE")
+        if self.num < 1:
+            raise ValueError(f"--num {self.num} must be at least 1")
+        if self.prompts is None:
+            return [self.prompt or ""]
+        if not self.prompts.is_file():
+            raise ValueError(f"no such file of prompts: {self.prompts}")
+        lines = [line.strip() for line in self.prompts.read_text("utf-8").splitlines()]
+        if not any(lines):
+            raise ValueError(f"{self.prompts} holds no prompt; write one a line")
+        return [line for line in lines if line]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask(ModelOptions, SamplingOptions):
+    """answer a question about pictures, or about none"""
+
+    parts: list[str] = positional("picture files, then the question", nargs="+", metavar="IMAGE… QUESTION")
+
+    def run(self) -> None:
+        *images, question = self.parts
+        bagel = self.load()
+        speaker = bagel.using(self.over(bagel.config.settings.ask), listen=speak)
+        speaker.ask(images, question, seed=self.seed, think=self.think)
+        print()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(ModelOptions, SamplingOptions):
+    """change pictures as an instruction says"""
+
+    parts: list[str] = positional(
+        "picture files, then the instruction", nargs="+", metavar="IMAGE… INSTRUCTION"
+    )
+    output: Path = option("a PNG file", Path("out.png"), short="-o")
+    size: tuple[int, int] | None = option("of the picture in pixels", metavar="WIDTHxHEIGHT", type=size_of)
+
+    def run(self) -> None:
+        *images, instruction = self.parts
+        if not images:
+            raise ValueError("give at least one picture file before the instruction")
+        bagel = self.load()
+        sampling = self.over(bagel.config.settings.edit)
+        with progress(sampling.num_timesteps - 1) as listen:
+            editor = bagel.using(sampling, listen=listen)
+            picture = editor.edit(images, instruction, size=self.size, seed=self.seed, think=self.think)
+        keep(picture, self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """say what a model is, without loading its weights"""
+
+    model: str = positional("nano, a checkpoint folder, or a Hugging Face model id", nargs="?")
+
+    def run(self) -> None:
+        from openbagel.inference.pipeline import find_model
+        from openbagel.weights import describe
+
+        print(json.dumps(describe(find_model(self.model or "nano")), indent=2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(ModelOptions):
+    """draw, answer, edit and think on one sheet"""
+
+    output: Path = option("the PNG file", Path("demo/sheet.png"), short="-o")
+
+    def run(self) -> None:
+        from openbagel.demo import sheet
+
+        bagel = self.load()
+        keep(sheet(bagel, report=lambda line: print(line, flush=True)), self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(ModelOptions):
+    """score a model; suite: world"""
+
+    suite: str = positional("which benchmark", choices=("world",))
+    kinds: list[str] | None = option("kinds of tasks; default: all", nargs="+")
+    samples: int = option("examples of each kind", 50)
+    held_out: bool = option("only examples with held-out pairs of shape and colour", False)
+    think: bool = option("let the model think first", False)
+    output: Path | None = option("a JSON file with every verdict", short="-o")
+
+    def run(self) -> None:
+        from openbagel.evals.world import Plan, evaluate, report, table
+        from openbagel.world.tasks import TASKS
+
+        for kind in self.kinds or []:
+            if kind not in TASKS:
+                raise ValueError(f"unknown kind {kind!r}{nearest(kind, TASKS)}; there are {', '.join(TASKS)}")
+        plan = Plan(
+            kinds=tuple(self.kinds or TASKS), samples=self.samples, held_out=self.held_out, think=self.think
+        )
+        bagel = self.load()
+        with progress(len(plan.kinds) * plan.samples, unit="example") as bar:
+            records = list(evaluate(bagel, plan, bar.advance))
+        print(table(records))
+        if self.output is not None:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.output.write_text(json.dumps(report(records, plan, self.model), indent=1) + "\n", "utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """train a model from a recipe"""
+
+    recipe: str = positional("a YAML file, for example recipes/nano.yaml")
+    overrides: list[str] = positional(
+        "keys to change, for example model.steps=200", nargs="*", metavar="KEY=VALUE"
+    )
+
+    def run(self) -> None:
+        from openbagel.train.stages import read_recipe, train
+
+        print(train(read_recipe(self.recipe, self.overrides or []), lambda line: print(line, flush=True)))
+
+
+VERBS: dict[str, type] = {
+    "generate": Generate,
+    "ask": Ask,
+    "edit": Edit,
+    "info": Info,
+    "demo": Demo,
+    "eval": Eval,
+    "train": Train,
+}
+
+
+class Progress:
+    """A bar on a terminal, nothing elsewhere; called with events it counts denoising steps."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def advance(self, steps: int) -> None:
+        self.bar.update(steps)
+
+    def __call__(self, event: "Event") -> None:
+        from openbagel.inference.events import Preview
+
+        if isinstance(event, Preview):
+            self.advance(1)
+
+
+@contextmanager
+def progress(total: int, unit: str = "step") -> Iterator[Progress]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, disable=None, leave=False) as bar:
+        yield Progress(bar)
+
+
+def speak(event: "Event") -> None:
+    """Prints an answer as it comes; thoughts go to the error stream."""
+    from openbagel.inference.events import Text, Thought
+
+    if isinstance(event, Text):
+        print(event.text, end="", flush=True)
+    elif isinstance(event, Thought):
+        print(event.text, end="\n", file=sys.stderr, flush=True)
+
+
+def numbered(output: Path, count: int) -> list[Path]:
+    """One path, or several: out-1.png, out-2.png …, or 1.png, 2.png … in a folder."""
+    if count == 1:
+        return [output if output.suffix else output / "1.png"]
+    width = len(str(count))
+    numbers = [f"{i:0{width}d}" for i in range(1, count + 1)]
+    if output.suffix:
+        return [output.with_stem(f"{output.stem}-{number}") for number in numbers]
+    return [output / f"{number}.png" for number in numbers]
+
+
+def keep(picture: "Image.Image", path: Path) -> None:
+    from openbagel.images import save_picture
+
+    save_picture(picture, path)
+    print(path)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line; an unknown option names the nearest one."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def parse_strictly(self, arguments: Sequence[str]) -> argparse.Namespace:
+        parsed, left = self.parse_known_intermixed_args(arguments)
+        if left:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unknown argument {left[0]!r}{nearest(left[0].partition('=')[0], known)}")
+        return parsed
+
+
+def add_fields(parser: argparse.ArgumentParser, verb: type) -> None:
+    """An argument for each field of a verb, its type deciding."""
+    hints = typing.get_type_hints(verb, vars(types.ModuleType("none")) | globals())
+    for f in dataclasses.fields(verb):
+        argument = dict(f.metadata)
+        short = [argument.pop("short")] if "short" in argument else []
+        is_positional = argument.pop("positional", False)
+        names = [f.name] if is_positional else [*short, "--" + f.name.replace("_", "-")]
+        shown = f.default.value if isinstance(f.default, Enum) else f.default
+        if shown not in (None, False) and not is_positional:
+            argument["help"] += f" (default: {shown})"
+        parser.add_argument(*names, default=f.default, **_typed(hints[f.name], argument))
+
+
+def _typed(hint: Any, argument: dict[str, Any]) -> dict[str, Any]:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if "type" in argument:
+        return argument
+    if hint is bool:
+        return argument | {"action": "store_true"}
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        return argument | {"type": kinds[0], "nargs": len(kinds)}
+    if typing.get_origin(hint) is list:
+        return argument | {"type": typing.get_args(hint)[0]}
+    if issubclass(hint, Enum):
+        return argument | {"type": str, "choices": [member.value for member in hint]}
+    return argument | {"type": hint}
+
+
+def parser_for(name: str) -> Parser:
+    verb = VERBS[name]
+    parser = Parser(prog=f"openbagel {name}", description=verb.__doc__, allow_abbrev=False)
+    add_fields(parser, verb)
+    return parser
+
+
+def usage() -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    lines = ["usage: openbagel VERB …", "", *(f"  {name:<10}{verb.__doc__}" for name, verb in VERBS.items())]
+    return "\n".join(line[:width] for line in [*lines, "", "openbagel VERB --help lists a verb's options"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if given else 2
+    if given[0] == "--version":
+        from openbagel import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = given
+    if name not in VERBS:
+        print(f"openbagel: unknown verb {name!r}{nearest(name, VERBS)}\n{usage()}", file=sys.stderr)
+        return 2
+    warnings.showwarning = _one_line
+    parsed = vars(parser_for(name).parse_strictly(rest))
+    values = {key: tuple(v) if key == "guidance_interval" and v else v for key, v in parsed.items()}
+    if values.get("renorm"):
+        values["renorm"] = Renorm(values["renorm"])
+    try:
+        VERBS[name](**values).run()
+    except (ValueError, OSError) as error:
+        print(f"openbagel {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

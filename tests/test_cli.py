@@ -1,0 +1,198 @@
+"""The command line: its verbs and options are pinned, its errors are one line with exit code 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from openbagel import cli
+from openbagel.config import Sampling
+from openbagel.flow import Guidance, Renorm
+
+MODEL = {"--model", "--device", "--dtype"}
+SAMPLING = {
+    "--think",
+    "--seed",
+    "--max-tokens",
+    "--max-think-tokens",
+    "--temperature",
+    "--top-p",
+    "--top-k",
+    "--num-timesteps",
+    "--timestep-shift",
+    "--taylorseer",
+    "--tiled-vae",
+    "--text-guidance",
+    "--image-guidance",
+    "--guidance-interval",
+    "--renorm",
+    "--renorm-min",
+}
+PINNED = {
+    "generate": MODEL | SAMPLING | {"--prompts", "--output", "-o", "--num", "--size"},
+    "ask": MODEL | SAMPLING,
+    "edit": MODEL | SAMPLING | {"--output", "-o", "--size"},
+    "info": set(),
+    "demo": MODEL | {"--output", "-o"},
+    "eval": MODEL | {"--kinds", "--samples", "--held-out", "--think", "--output", "-o"},
+    "train": set(),
+}
+QUICK = ["--num-timesteps", "3"]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "new" / "drawn.png"
+    assert cli.main(["generate", *QUICK, "a red circle", "-o", str(path), "--seed", "5"]) == 0
+    return path
+
+
+def test_verbs_and_options_are_pinned():
+    assert set(cli.VERBS) == set(PINNED)
+    for verb, options in PINNED.items():
+        actions = cli.parser_for(verb)._actions
+        found = {flag for action in actions for flag in action.option_strings} - {"-h", "--help"}
+        assert found == options, verb
+
+
+def test_generate_writes_a_picture_with_its_settings(drawn: Path):
+    with Image.open(drawn) as picture:
+        assert picture.size == (64, 64)
+        assert picture.info["seed"] == "5"
+        assert json.loads(picture.info["settings"])["num_timesteps"] == 3
+
+
+def test_several_pictures_are_numbered(tmp_path: Path):
+    assert cli.main(["generate", "a red circle", *QUICK, "--num", "2", "-o", str(tmp_path / "x.png")]) == 0
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue square\n", "utf-8")
+    folder = tmp_path / "many"
+    assert (
+        cli.main(["generate", *QUICK, "--prompts", str(prompts), "-o", str(folder), "--size", "96x64"]) == 0
+    )
+    assert sorted(p.name for p in tmp_path.glob("x-*.png")) == ["x-1.png", "x-2.png"]
+    assert sorted(p.name for p in folder.iterdir()) == ["1.png", "2.png"]
+    with Image.open(folder / "1.png") as picture:
+        assert picture.size == (96, 64)
+
+
+def test_seeds_count_up(tmp_path: Path):
+    assert cli.main(["generate", "a red circle", *QUICK, "--num", "2", "-o", str(tmp_path / "x.png")]) == 0
+    alone = tmp_path / "alone.png"
+    assert cli.main(["generate", "a red circle", *QUICK, "--seed", "1", "-o", str(alone)]) == 0
+    difference = [
+        abs(a - b)
+        for a, b in zip(Image.open(tmp_path / "x-2.png").tobytes(), Image.open(alone).tobytes(), strict=True)
+    ]
+    assert max(difference) <= 1
+
+
+def test_ask_prints_the_answer(drawn: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["ask", str(drawn), "what colour is the circle?", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_edit_keeps_the_size(drawn: Path, tmp_path: Path):
+    out = tmp_path / "edited.png"
+    assert cli.main(["edit", str(drawn), "make the circle blue", *QUICK, "-o", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (64, 64)
+
+
+def test_info_needs_no_weights(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["info", "nano"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["config"]["architectures"] == ["BagelForConditionalGeneration"]
+    assert told["parameters"]["all"] == sum(v for k, v in told["parameters"].items() if k != "all")
+
+
+def test_options_reach_the_sampling():
+    values = vars(
+        cli.parser_for("generate").parse_strictly(
+            [
+                "x",
+                "--text-guidance",
+                "3",
+                "--guidance-interval",
+                "0.1",
+                "0.9",
+                "--renorm",
+                "channel",
+                "--top-k",
+                "5",
+            ]
+        )
+    )
+    values |= {"guidance_interval": tuple(values["guidance_interval"]), "renorm": Renorm(values["renorm"])}
+    sampling = cli.Generate(**values).over(Sampling())
+    assert sampling.guidance == Guidance(text=3.0, interval=(0.1, 0.9), renorm=Renorm.CHANNEL)
+    assert sampling.top_k == 5 and sampling.num_timesteps == Sampling().num_timesteps
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    (folder / "text.png").write_text("no picture", "utf-8")
+    Image.effect_noise((64, 64), 50).save(folder / "whole.png")
+    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:900])
+    Image.new("1", (30000, 30000)).save(folder / "bomb.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "usage"),
+        (["generat", "x"], "did you mean 'generate'"),
+        (["generate"], "--prompts FILE"),
+        (["generate", "x", "--prompts", "y"], "--prompts FILE"),
+        (["generate", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["generate", "x", "--num", "0"], "--num 0"),
+        (["generate", "x", "--sed", "1"], "did you mean '--seed'"),
+        (["generate", "x", "--seed", "one"], "one"),
+        (["generate", "x", "--size", "64"], "WIDTHxHEIGHT"),
+        (["generate", "x", "--size", "60x64"], "60x64"),
+        (["generate", "x", "--size", "6400x64"], "6400x64"),
+        (["generate", "x", "--renorm", "local"], "text_channel"),
+        (["generate", "x", "--num-timesteps", "1"], "num_timesteps 1"),
+        (["generate", "x", "--guidance-interval", "0.9", "0.1"], "0.9"),
+        (["generate", "x", "--model", "{}/empty"], "no weights"),
+        (["generate", "x", "--model", "{}/nowhere"], "nowhere"),
+        (["edit", "remove the circle"], "picture file"),
+        (["edit", "{}/nowhere.png", "x"], "nowhere.png"),
+        (["ask", "{}/text.png", "x"], "text.png"),
+        (["ask", "{}/cut.png", "x"], "truncated"),
+        (["ask", "{}/bomb.png", "x"], "pixels"),
+        (["eval", "word"], "world"),
+        (["eval", "world", "--kinds", "draw_on"], "did you mean 'draw_one'"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(
+    bad: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+):
+    given = [argument.replace("{}", str(bad)) for argument in arguments]
+    try:
+        code = cli.main(given)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert told in captured.err + captured.out
+    assert "Traceback" not in captured.err
+    if given and given[0] in cli.VERBS:
+        assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_eval_repeats_to_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    reports = []
+    for name in "ab":
+        path = tmp_path / f"{name}.json"
+        kinds = ["--kinds", "ask_colour", "ask_exists", "--samples", "3"]
+        assert cli.main(["eval", "world", *kinds, "-o", str(path)]) == 0
+        reports.append(json.loads(path.read_text("utf-8")))
+    assert reports[0] == reports[1]
+    assert len(reports[0]["records"]) == 6
+    assert "95 % interval" in capsys.readouterr().out
