@@ -41,14 +41,7 @@ class Rig:
     engine: Engine
 
     @classmethod
-    def of(
-        cls,
-        width: int,
-        layers: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-    ) -> "Rig":
+    def of(cls, width: int, layers: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Rig":
         codec = TextCodec.train(["a red circle above a blue square"], 300)
         config = random_config(len(codec), width, layers)
         with torch.device(device):

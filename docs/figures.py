@@ -10,76 +10,32 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from docs import canvas
 from docs.canvas import WIDTH, Canvas, Point
+from docs.subjects import (
+    INSTRUCTION,
+    PROMPT,
+    Spy,
+    edit_segments,
+    spied_bagel,
+    tiny_codec,
+    tiny_config,
+    tokens_through_modules,
+    toy_picture,
+    video_segments,
+)
 from openbagel.attention import visible
-from openbagel.config import BagelConfig, Sampling, nano
+from openbagel.config import Sampling
 from openbagel.flow import Guidance, Renorm, guide, interpolate, schedule
 from openbagel.images import to_picture, to_pixels
-from openbagel.inference.engine import Engine, Forward, Read, Result
-from openbagel.inference.pipeline import Bagel
-from openbagel.model.bagel import BagelModel
-from openbagel.model.vae import AutoEncoder
-from openbagel.sequence import Frame, PackedSequence, Packer, Segment, Text, VaeImage, VitImage
+from openbagel.inference.context import Context
+from openbagel.inference.engine import Forward, Read
+from openbagel.sequence import PackedSequence, Packer, Segment, Text, VaeImage, VitImage
 from openbagel.tokens import THINK_BEFORE_DRAWING, TextCodec
-from openbagel.weights import Checkpoint
-
-INSTRUCTION = "make the circle green"
-PROMPT = "a red circle"
-
-
-# what is drawn: a tiny model and its samples ----------------------------------------------------------------
-
-
-def tiny_codec() -> TextCodec:
-    return TextCodec.train([INSTRUCTION, PROMPT], 400)
-
-
-def tiny_config(codec: TextCodec) -> BagelConfig:
-    config = nano(len(codec))
-    llm = replace(config.llm, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-    return replace(config, llm=llm)
-
-
-def toy_picture(side: int) -> Image.Image:
-    picture = Image.new("RGB", (side, side), "#dfe9f1")
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle((0.1 * side, 0.58 * side, 0.48 * side, 0.9 * side), "#3f6fb5")
-    draw.circle((0.6 * side, 0.38 * side), 0.24 * side, "#d8493a")
-    return picture
-
-
-def edit_segments(config: BagelConfig, codec: TextCodec) -> list[Segment]:
-    """A picture of 2x2 tokens, an instruction, and the edited picture as a noised target."""
-    tokens = torch.zeros(4, config.latent_channels)
-    return [
-        VaeImage.clean(tokens, (2, 2)),
-        VitImage(to_pixels(toy_picture(32))),
-        Text(codec.encode(INSTRUCTION)),
-        VaeImage.noised(tokens, (2, 2), 0.7, target=tokens),
-    ]
-
-
-def video_segments(config: BagelConfig, codec: TextCodec) -> list[list[Segment]]:
-    """A sample of two frame groups, and one that goes on after a picture it has drawn."""
-    tokens = torch.zeros(2, config.latent_channels)
-    frame = Frame(tokens, (1, 2), tokens, position_step=1)
-    words = codec.encode("a circle")
-    video = [Text(words), VaeImage((frame, frame), t=0.8), VaeImage((frame,), t=0.5)]
-    story = [
-        Text(words),
-        VaeImage.noised(tokens, (1, 2), 0.7, tokens),
-        VaeImage.clean(tokens, (1, 2)),
-        Text(words),
-    ]
-    return [video, story]
-
 
 # one packed sequence ----------------------------------------------------------------------------------------
 
@@ -238,25 +194,23 @@ def mask_panel(sheet: Canvas, at: Point, shown: tuple[str, PackedSequence, list[
 # experts ----------------------------------------------------------------------------------------------------
 
 
-def tokens_through_modules(pack: PackedSequence, config: BagelConfig) -> Counter[str]:
-    """How many tokens pass each named module, seen by hooks in one forward, read out and all."""
-    model = BagelModel(config)
-    model.initialise(torch.Generator().manual_seed(0))
-    passed: Counter[str] = Counter()
-
-    def hook(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        def count(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            passed[name] += len(inputs[0])
-
-        return count
-
-    for name, module in model.named_modules():
-        module.register_forward_pre_hook(hook(name))
-    with torch.inference_mode():
-        hidden = model(pack)
-        model.logits(hidden[pack.text_places[pack.split[pack.text_places] == 2]])
-        model.velocity(hidden[pack.num_und + pack.target_places])
-    return passed
+BLOCK_ROWS = (
+    ("input_layernorm",),
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.q_norm", "self_attn.k_norm"),
+    ("attention",),
+    ("self_attn.o_proj",),
+    ("post_attention_layernorm",),
+    ("mlp",),
+)
+ENTRIES = {
+    "": ("language_model.model.embed_tokens", "vit_model", "connector"),
+    "_moe_gen": ("vae2llm", "time_embedder", "latent_pos_embed"),
+}
+EXITS = {
+    "": ("language_model.model.norm", "language_model.lm_head"),
+    "_moe_gen": ("language_model.model.norm_moe_gen", "llm2vae"),
+}
 
 
 def draw_experts(path: Path) -> None:
@@ -265,52 +219,31 @@ def draw_experts(path: Path) -> None:
     pack = Packer(config, codec).pack([edit_segments(config, codec)])
     passed = tokens_through_modules(pack, config)
     sheet = Canvas(610)
-    block = "language_model.model.layers.0."
-    for x, colour in ((24.0, canvas.UND), (462.0, canvas.GEN)):
-        sheet.box((x, 34), (414, 556), fill=colour, radius=8)
-    sheet.text((231, 20), f"understanding expert: x[:{pack.num_und}]", bold=True, fill=canvas.UND_INK)
-    sheet.text((669, 20), f"generation expert: x[{pack.num_und}:]", bold=True, fill=canvas.GEN_INK)
-    sheet.box((12, 118), (876, 384), line=canvas.GREY, radius=8, width=1.2)
-    sheet.box((390, 107), (120, 22), fill=canvas.PAPER, line=canvas.GREY, radius=8, width=1.2)
-    sheet.text((450, 118), "one block of many", size=11.5, fill=canvas.GREY)
-    entries = (
-        (["language_model.model.embed_tokens", "vit_model", "connector"], 48, canvas.UND_INK, 24),
-        (["vae2llm", "time_embedder", "latent_pos_embed"], 48, canvas.GEN_INK, 462),
+    sides = (
+        ("", f"understanding expert: x[:{pack.num_und}]", 24.0, canvas.UND, canvas.UND_INK),
+        ("_moe_gen", f"generation expert: x[{pack.num_und}:]", 462.0, canvas.GEN, canvas.GEN_INK),
     )
-    for names, y, ink, left in entries:
-        module_row(sheet, (left, y), names, passed, ink)
-    for suffix, ink, left in (("", canvas.UND_INK, 24.0), ("_moe_gen", canvas.GEN_INK, 462.0)):
-        rows = (
-            (134, ["input_layernorm"]),
-            (186, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
-            (238, ["self_attn.q_norm", "self_attn.k_norm"]),
-            (346, ["self_attn.o_proj"]),
-            (398, ["post_attention_layernorm"]),
-            (450, ["mlp"]),
-        )
-        for y, names in rows:
-            module_row(sheet, (left, y), [block + name + suffix for name in names], passed, ink)
-        head = "lm_head" if not suffix else "llm2vae"
-        ends = ["language_model.model.norm" + suffix, "language_model.lm_head" if not suffix else head]
-        module_row(sheet, (left, 530), ends, passed, ink)
-        middle = left + 207
-        for y0, y1 in (
-            (92, 132),
-            (174, 184),
-            (226, 236),
-            (278, 292),
-            (332, 344),
-            (386, 396),
-            (438, 448),
-            (490, 528),
-        ):
-            sheet.arrow((middle, y0), (middle, y1), fill=ink, width=1.6, head=6)
+    for suffix, title, left, colour, ink in sides:
+        sheet.box((left, 34), (414, 556), fill=colour, radius=8)
+        sheet.text((left + 207, 20), title, bold=True, fill=ink)
+        module_row(sheet, (left, 48), ENTRIES[suffix], passed, ink)
+        for row, names in enumerate(BLOCK_ROWS):
+            if names != ("attention",):
+                full = [f"language_model.model.layers.0.{name}{suffix}" for name in names]
+                module_row(sheet, (left, 134 + 52 * row), full, passed, ink)
+        module_row(sheet, (left, 530), EXITS[suffix], passed, ink)
+        joints = [(174 + 52 * row, 184 + 52 * row) for row in range(len(BLOCK_ROWS) - 1)]
+        for start, end in ((90, 132), *joints, (488, 528)):
+            sheet.arrow((left + 207, start), (left + 207, end), fill=ink, width=1.6, head=6)
     words = ["one attention over all tokens", f"{len(pack)} tokens: rotary positions, mask, cache"]
-    sheet.labelled((40, 292), (820, 40), words, fill=canvas.INK)
+    sheet.labelled((40, 134 + 52 * BLOCK_ROWS.index(("attention",))), (820, 40), words, fill=canvas.INK)
+    sheet.box((12, 110), (876, 396), line=canvas.GREY, radius=8, width=1.2)
+    sheet.box((390, 99), (120, 22), fill=canvas.PAPER, line=canvas.GREY, radius=8, width=1.2)
+    sheet.text((450, 110), "one block of many", size=11.5, fill=canvas.GREY)
     sheet.save(path)
 
 
-def module_row(sheet: Canvas, at: Point, names: list[str], passed: Counter[str], ink: str) -> None:
+def module_row(sheet: Canvas, at: Point, names: Sequence[str], passed: Counter[str], ink: str) -> None:
     """Boxes side by side, as wide as an expert's column: a module's own name, and the tokens through it."""
     left, y = at
     width = (382 - 8 * (len(names) - 1)) / len(names)
@@ -322,6 +255,9 @@ def module_row(sheet: Canvas, at: Point, names: list[str], passed: Counter[str],
 
 
 # flow -------------------------------------------------------------------------------------------------------
+
+
+SHIFTS = ((3.0, canvas.NOISED), (1.0, canvas.TEXT))
 
 
 def draw_flow(path: Path) -> None:
@@ -337,6 +273,7 @@ def draw_flow(path: Path) -> None:
         if t:
             sheet.arrow((left + side + 4, 75), (left + side + 18, 75), width=1.6)
     chart(sheet, (78.0, 190.0), (520.0, 230.0))
+    chart_legend(sheet, (628.0, 198.0))
     sheet.save(path)
 
 
@@ -364,33 +301,33 @@ def chart(sheet: Canvas, at: Point, size: Point) -> None:
         sheet.text((place(step, 0)[0], top + height + 14), str(step), size=11.5, fill=canvas.GREY)
     sheet.text((left + width / 2, top + height + 34), "step", size=12, fill=canvas.GREY)
     sheet.text((left - 48, top + height / 2), "t", size=13, fill=canvas.GREY)
-    for row, (shift, colour) in enumerate(((3.0, canvas.NOISED), (1.0, canvas.TEXT))):
+    for shift, colour in SHIFTS:
         times = schedule(points, shift)
         sheet.line([place(step, t) for step, t in enumerate(times)], fill=colour, width=1.2)
         for step, t in enumerate(times[:-1]):
-            acts = guidance.acts_at(t)
-            sheet.circle(place(step, t), 3, fill=colour if acts else canvas.PAPER, line=colour, width=1.1)
-        guided = sum(guidance.acts_at(t) for t in times[:-1])
-        y = top + 8 + 72 * row
-        sheet.circle((left + width + 36, y), 5, fill=colour)
-        sheet.text((left + width + 52, y), f"shift {shift:.0f}", anchor="lm", bold=True, fill=colour)
-        sheet.text(
-            (left + width + 52, y + 20),
-            f"{len(times)} points, {len(times) - 1} steps",
-            size=12,
-            anchor="lm",
-            fill=canvas.GREY,
-        )
-        words = f"{guided} guided + {len(times) - 1 - guided} plain"
-        sheet.text((left + width + 52, y + 37), words, size=12, anchor="lm", fill=canvas.GREY)
-    for row, words in enumerate(
-        (
-            "x(t) = (1 - t) · picture + t · noise",
-            "velocity = noise - picture",
-            "step: x - velocity · (t - t next)",
-        )
-    ):
-        sheet.text((left + width + 30, top + 166 + 22 * row), words, size=12.5, anchor="lm")
+            fill = colour if guidance.acts_at(t) else canvas.PAPER
+            sheet.circle(place(step, t), 3, fill=fill, line=colour, width=1.1)
+
+
+def chart_legend(sheet: Canvas, at: Point) -> None:
+    """What the chart's colours are, and the three formulas of flow."""
+    guidance, points = Guidance(), Sampling().num_timesteps
+    for row, (shift, colour) in enumerate(SHIFTS):
+        x, y = at[0], at[1] + 72 * row
+        times = schedule(points, shift)[:-1]
+        guided = sum(guidance.acts_at(t) for t in times)
+        sheet.circle((x + 6, y), 5, fill=colour)
+        sheet.text((x + 22, y), f"shift {shift:.0f}", anchor="lm", bold=True, fill=colour)
+        lines = (f"{points} points, {len(times)} steps", f"{guided} guided + {len(times) - guided} plain")
+        for line, words in enumerate(lines):
+            sheet.text((x + 22, y + 20 + 17 * line), words, size=12, anchor="lm", fill=canvas.GREY)
+    formulas = (
+        "x(t) = (1 - t) · picture + t · noise",
+        "velocity = noise - picture",
+        "step: x - velocity · (t - t next)",
+    )
+    for row, words in enumerate(formulas):
+        sheet.text((at[0], at[1] + 158 + 22 * row), words, size=12.5, anchor="lm")
 
 
 # guidance ---------------------------------------------------------------------------------------------------
@@ -461,42 +398,6 @@ class VectorPanel:
 # contexts and requests --------------------------------------------------------------------------------------
 
 
-class Spy(Engine):
-    """An engine that notes what every context has taken in, by lineage, and the rows of every step."""
-
-    def __init__(self, model: BagelModel, packer: Packer) -> None:
-        super().__init__(model, packer)
-        self.taken: dict[object, tuple[Segment, ...]] = {"empty": ()}
-        self.steps: list[list[Forward]] = []
-
-    def step(self, forwards: Sequence[Forward]) -> list[tuple[Result, ...]]:
-        rows = [row for forward in forwards for row in forward.rows]
-        pasts = [self.taken[row.context.lineage] for row in rows]
-        self.steps.append(list(forwards))
-        results = super().step(forwards)
-        for row, past in zip(rows, pasts, strict=True):
-            if row.keep:
-                self.taken[row.context.lineage] = (*past, *row.segments)
-        return results
-
-
-def spied_bagel() -> tuple[Bagel, Spy]:
-    """A tiny model with random weights that draws in one guided step and thinks in five tokens."""
-    codec = tiny_codec()
-    config = tiny_config(codec)
-    sampling = Sampling(
-        num_timesteps=2, max_think_tokens=5, max_tokens=6, guidance=Guidance(text=4.0, image=2.0)
-    )
-    settings = replace(config.settings, size=(32, 32), draw=sampling, edit=sampling, ask=sampling)
-    config = replace(config, settings=settings)
-    model, autoencoder = BagelModel(config), AutoEncoder(config.vae)
-    model.initialise(torch.Generator().manual_seed(0))
-    bagel = Bagel(Checkpoint(config, model, autoencoder, codec))
-    spy = Spy(model, bagel.engine.packer)
-    bagel.engine = spy
-    return bagel, spy
-
-
 def segment_face(segment: Segment, codec: TextCodec) -> tuple[str, str]:
     """(what it is, its colour) of a segment that a context has taken in."""
     match segment:
@@ -527,7 +428,8 @@ SLOT = 184.0
 def branch_table(sheet: Canvas, top: float, title: str, spy: Spy) -> None:
     """The contexts of the last step that was guided twice: a row a branch, a column for what one may hold."""
     (forward,) = spy.steps[-1]
-    contexts = dict(zip(("image", "text", "cond"), (row.context for row in forward.rows), strict=True))
+    names = ("image", "text", "cond")
+    contexts: dict[str, Context] = dict(zip(names, (row.context for row in forward.rows), strict=True))
     codec = spy.packer.codec
     held = {
         name: list(

@@ -117,15 +117,14 @@ class SplitAttention:
     def __init__(
         self, sequence: PackedSequence, rotary: tuple[Tensor, Tensor], caches: Sequence[Cache] | None = None
     ) -> None:
-        self.cos, self.sin = rotary
+        self.rotary = rotary
         self.order = sequence.attention_order
         self.inverse = None if self.order is None else torch.argsort(self.order)
         self.samples = sequence.spans
         self.caches = caches
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        q = rotate(q_TNH, self.cos, self.sin).to(v_TKH.dtype)
-        k = rotate(k_TKH, self.cos, self.sin).to(v_TKH.dtype)
+        q, k = (rotate(t, *self.rotary).to(v_TKH.dtype) for t in (q_TNH, k_TKH))
         v = v_TKH
         if self.order is not None:
             q, k, v = (t.index_select(0, self.order) for t in (q, k, v))
@@ -178,7 +177,7 @@ class DenseAttention:
     """One mask per sample; samples of similar length form a padded batch. Quickest for many short samples."""
 
     def __init__(self, sequence: PackedSequence, rotary: tuple[Tensor, Tensor]) -> None:
-        self.cos, self.sin = rotary
+        self.rotary = rotary
         device = sequence.position_ids.device
         by_sample = torch.argsort(sequence.sample, stable=True).split(sequence.lengths)
         rounded: dict[int, list[Tensor]] = {}
@@ -191,8 +190,7 @@ class DenseAttention:
         self.back[kept] = positions
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        q = rotate(q_TNH, self.cos, self.sin).to(v_TKH.dtype)
-        k = rotate(k_TKH, self.cos, self.sin).to(v_TKH.dtype)
+        q, k = (rotate(t, *self.rotary).to(v_TKH.dtype) for t in (q_TNH, k_TKH))
         outputs = []
         for index, _, mask in self.batches:
             q_SQNH, k_SQKH, v_SQKH = (
@@ -219,7 +217,7 @@ class FlexAttention:
     def __init__(self, sequence: PackedSequence, rotary: tuple[Tensor, Tensor]) -> None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        self.cos, self.sin = rotary
+        self.rotary = rotary
         tokens, device = len(sequence), sequence.position_ids.device
 
         def rule(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -229,8 +227,7 @@ class FlexAttention:
         self.run = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        q = rotate(q_TNH, self.cos, self.sin).to(v_TKH.dtype)
-        k = rotate(k_TKH, self.cos, self.sin).to(v_TKH.dtype)
+        q, k = (rotate(t, *self.rotary).to(v_TKH.dtype) for t in (q_TNH, k_TKH))
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v_TKH))
         gqa = q.shape[1] != k.shape[1]
         out = self.run(q, k, v, block_mask=self.mask, enable_gqa=gqa)

@@ -17,25 +17,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import openbagel
 from openbagel.config import Sampling, nearest
+from openbagel.demo import sheet
+from openbagel.evals.world import Plan, evaluate, report, table
 from openbagel.flow import Guidance, Renorm
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from openbagel.inference.events import Event
-    from openbagel.inference.pipeline import Bagel
+from openbagel.images import save_picture
+from openbagel.inference.events import Event, Preview, Text, Thought
+from openbagel.inference.pipeline import Bagel, find_model
+from openbagel.train.stages import read_recipe, train
+from openbagel.weights import describe
+from openbagel.world.tasks import TASKS
 
 
 def option(help: str, default: Any = None, **argument: Any) -> Any:
     """A field that is an option; argument goes to argparse."""
     return field(default=default, metadata={"help": help, **argument})
-
-
-def positional(help: str, **argument: Any) -> Any:
-    return field(default=None, metadata={"help": help, "positional": True, **argument})
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -54,11 +57,7 @@ class ModelOptions:
         "weights and compute; default: bfloat16 where it is fast", choices=("float32", "bfloat16", "float16")
     )
 
-    def load(self) -> "Bagel":
-        import torch
-
-        from openbagel.inference.pipeline import Bagel
-
+    def load(self) -> Bagel:
         dtype = getattr(torch, self.dtype) if self.dtype else None
         return Bagel.load(self.model, device=self.device, dtype=dtype)
 
@@ -88,6 +87,8 @@ class SamplingOptions:
         """A model's default with what was asked for."""
         names = {"text_guidance": "text", "image_guidance": "image", "guidance_interval": "interval"}
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingOptions)}
+        own |= {"guidance_interval": self.guidance_interval and tuple(self.guidance_interval)}
+        own |= {"renorm": self.renorm and Renorm(self.renorm)}
         asked = {names.get(name, name): value for name, value in own.items() if value is not None}
         guidance, sampling = (
             {
@@ -104,7 +105,7 @@ class SamplingOptions:
 class Generate(ModelOptions, SamplingOptions):
     """draw pictures from prompts"""
 
-    prompt: str | None = positional("what to draw", nargs="?")
+    prompt: str | None = option(positional=True, help="what to draw", nargs="?")
     prompts: Path | None = option("a text file with one prompt a line, instead of PROMPT")
     output: Path = option("a PNG file, or a folder for several pictures", Path("out.png"), short="-o")
     num: int = option("pictures of each prompt, with seeds SEED, SEED+1, …", 1)
@@ -115,8 +116,8 @@ class Generate(ModelOptions, SamplingOptions):
         paths = numbered(self.output, len(prompts))
         bagel = self.load()
         sampling = self.over(bagel.config.settings.draw)
-        with progress(len(prompts) * (sampling.num_timesteps - 1)) as listen:
-            drawer = bagel.using(sampling, listen=listen)
+        with progress(len(prompts) * (sampling.num_timesteps - 1)) as bar:
+            drawer = bagel.using(sampling, listen=lambda event: bar.update(isinstance(event, Preview)))
             pictures = drawer.generate(prompts, size=self.size, seed=self.seed, think=self.think)
         for picture, path in zip(pictures, paths, strict=True):
             keep(picture, path)
@@ -140,7 +141,9 @@ class Generate(ModelOptions, SamplingOptions):
 class Ask(ModelOptions, SamplingOptions):
     """answer a question about pictures, or about none"""
 
-    parts: list[str] = positional("picture files, then the question", nargs="+", metavar="IMAGE… QUESTION")
+    parts: list[str] = option(
+        positional=True, help="picture files, then the question", nargs="+", metavar="IMAGE… QUESTION"
+    )
 
     def run(self) -> None:
         *images, question = self.parts
@@ -154,8 +157,8 @@ class Ask(ModelOptions, SamplingOptions):
 class Edit(ModelOptions, SamplingOptions):
     """change pictures as an instruction says"""
 
-    parts: list[str] = positional(
-        "picture files, then the instruction", nargs="+", metavar="IMAGE… INSTRUCTION"
+    parts: list[str] = option(
+        positional=True, help="picture files, then the instruction", nargs="+", metavar="IMAGE… INSTRUCTION"
     )
     output: Path = option("a PNG file", Path("out.png"), short="-o")
     size: tuple[int, int] | None = option("of the picture in pixels", metavar="WIDTHxHEIGHT", type=size_of)
@@ -166,8 +169,8 @@ class Edit(ModelOptions, SamplingOptions):
             raise ValueError("give at least one picture file before the instruction")
         bagel = self.load()
         sampling = self.over(bagel.config.settings.edit)
-        with progress(sampling.num_timesteps - 1) as listen:
-            editor = bagel.using(sampling, listen=listen)
+        with progress(sampling.num_timesteps - 1) as bar:
+            editor = bagel.using(sampling, listen=lambda event: bar.update(isinstance(event, Preview)))
             picture = editor.edit(images, instruction, size=self.size, seed=self.seed, think=self.think)
         keep(picture, self.output)
 
@@ -176,12 +179,11 @@ class Edit(ModelOptions, SamplingOptions):
 class Info:
     """say what a model is, without loading its weights"""
 
-    model: str = positional("nano, a checkpoint folder, or a Hugging Face model id", nargs="?")
+    model: str = option(
+        positional=True, help="nano, a checkpoint folder, or a Hugging Face model id", nargs="?"
+    )
 
     def run(self) -> None:
-        from openbagel.inference.pipeline import find_model
-        from openbagel.weights import describe
-
         print(json.dumps(describe(find_model(self.model or "nano")), indent=2))
 
 
@@ -192,8 +194,6 @@ class Demo(ModelOptions):
     output: Path = option("the PNG file", Path("demo/sheet.png"), short="-o")
 
     def run(self) -> None:
-        from openbagel.demo import sheet
-
         bagel = self.load()
         keep(sheet(bagel, report=lambda line: print(line, flush=True)), self.output)
 
@@ -202,7 +202,7 @@ class Demo(ModelOptions):
 class Eval(ModelOptions):
     """score a model; suite: world"""
 
-    suite: str = positional("which benchmark", choices=("world",))
+    suite: str = option(positional=True, help="which benchmark", choices=("world",))
     kinds: list[str] | None = option("kinds of tasks; default: all", nargs="+")
     samples: int = option("examples of each kind", 50)
     held_out: bool = option("only examples with held-out pairs of shape and colour", False)
@@ -210,9 +210,6 @@ class Eval(ModelOptions):
     output: Path | None = option("a JSON file with every verdict", short="-o")
 
     def run(self) -> None:
-        from openbagel.evals.world import Plan, evaluate, report, table
-        from openbagel.world.tasks import TASKS
-
         for kind in self.kinds or []:
             if kind not in TASKS:
                 raise ValueError(f"unknown kind {kind!r}{nearest(kind, TASKS)}; there are {', '.join(TASKS)}")
@@ -221,7 +218,7 @@ class Eval(ModelOptions):
         )
         bagel = self.load()
         with progress(len(plan.kinds) * plan.samples, unit="example") as bar:
-            records = list(evaluate(bagel, plan, bar.advance))
+            records = list(evaluate(bagel, plan, bar.update))
         print(table(records))
         if self.output is not None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -232,56 +229,29 @@ class Eval(ModelOptions):
 class Train:
     """train a model from a recipe"""
 
-    recipe: str = positional("a YAML file, for example recipes/nano.yaml")
-    overrides: list[str] = positional(
-        "keys to change, for example model.steps=200", nargs="*", metavar="KEY=VALUE"
+    recipe: str = option(positional=True, help="a YAML file, for example recipes/nano.yaml")
+    overrides: list[str] = option(
+        positional=True, help="keys to change, for example model.steps=200", nargs="*", metavar="KEY=VALUE"
     )
 
     def run(self) -> None:
-        from openbagel.train.stages import read_recipe, train
-
         print(train(read_recipe(self.recipe, self.overrides or []), lambda line: print(line, flush=True)))
 
 
 VERBS: dict[str, type] = {
-    "generate": Generate,
-    "ask": Ask,
-    "edit": Edit,
-    "info": Info,
-    "demo": Demo,
-    "eval": Eval,
-    "train": Train,
+    verb.__name__.lower(): verb for verb in (Generate, Ask, Edit, Info, Demo, Eval, Train)
 }
 
 
-class Progress:
-    """A bar on a terminal, nothing elsewhere; called with events it counts denoising steps."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-
-    def advance(self, steps: int) -> None:
-        self.bar.update(steps)
-
-    def __call__(self, event: "Event") -> None:
-        from openbagel.inference.events import Preview
-
-        if isinstance(event, Preview):
-            self.advance(1)
-
-
 @contextmanager
-def progress(total: int, unit: str = "step") -> Iterator[Progress]:
-    from tqdm import tqdm
-
+def progress(total: int, unit: str = "step") -> Iterator[tqdm]:
+    """A bar on a terminal, nothing elsewhere."""
     with tqdm(total=total, unit=unit, disable=None, leave=False) as bar:
-        yield Progress(bar)
+        yield bar
 
 
-def speak(event: "Event") -> None:
+def speak(event: Event) -> None:
     """Prints an answer as it comes; thoughts go to the error stream."""
-    from openbagel.inference.events import Text, Thought
-
     if isinstance(event, Text):
         print(event.text, end="", flush=True)
     elif isinstance(event, Thought):
@@ -299,9 +269,7 @@ def numbered(output: Path, count: int) -> list[Path]:
     return [output / f"{number}.png" for number in numbers]
 
 
-def keep(picture: "Image.Image", path: Path) -> None:
-    from openbagel.images import save_picture
-
+def keep(picture: Image.Image, path: Path) -> None:
     save_picture(picture, path)
     print(path)
 
@@ -323,7 +291,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_fields(parser: argparse.ArgumentParser, verb: type) -> None:
     """An argument for each field of a verb, its type deciding."""
-    hints = typing.get_type_hints(verb, vars(types.ModuleType("none")) | globals())
+    hints = typing.get_type_hints(verb)
     for f in dataclasses.fields(verb):
         argument = dict(f.metadata)
         short = [argument.pop("short")] if "short" in argument else []
@@ -372,21 +340,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if given else 2
     if given[0] == "--version":
-        from openbagel import __version__
-
-        print(__version__)
+        print(openbagel.__version__)
         return 0
     name, *rest = given
     if name not in VERBS:
         print(f"openbagel: unknown verb {name!r}{nearest(name, VERBS)}\n{usage()}", file=sys.stderr)
         return 2
-    warnings.showwarning = _one_line
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     parsed = vars(parser_for(name).parse_strictly(rest))
-    values = {key: tuple(v) if key == "guidance_interval" and v else v for key, v in parsed.items()}
-    if values.get("renorm"):
-        values["renorm"] = Renorm(values["renorm"])
     try:
-        VERBS[name](**values).run()
+        VERBS[name](**parsed).run()
     except (ValueError, OSError) as error:
         print(f"openbagel {name}: {error}", file=sys.stderr)
         return 2
@@ -394,10 +357,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     return 0
-
-
-def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

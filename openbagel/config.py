@@ -30,10 +30,9 @@ class Experts(StrEnum):
 
 
 class Activation(StrEnum):
+    """Of the connector; every released model uses this one."""
+
     GELU_TANH = "gelu_pytorch_tanh"
-    GELU = "gelu"
-    RELU = "relu"
-    SILU = "silu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +177,7 @@ def official_settings() -> ModelSettings:
         vit_limits=ImageLimits(max_size=980, min_size=224, stride=14),
         draw=Sampling(guidance=Guidance(text=4.0, image=1.0)),
         edit=Sampling(
-            guidance=Guidance(text=4.0, image=2.0, interval=(0.0, 1.0), renorm=Renorm.TEXT_CHANNEL),
+            guidance=Guidance(text=4.0, image=2.0, interval=(0.0, 1.0), renorm=Renorm.TEXT_CHANNEL)
         ),
         ask=Sampling(),
         draws_by_itself=False,
@@ -247,11 +246,7 @@ def nano(vocab_size: int) -> BagelConfig:
             rope_theta=1e4,
         ),
         vit=ViTConfig(
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            patch_size=16,
+            hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, patch_size=16
         ),
         vae=replace(FLUX_VAE, ch=16, num_res_blocks=1, z_channels=8, groups=8, scale=1.0, shift=0.0),
         layer_module=Experts.MOT,

@@ -1,7 +1,6 @@
 """One sheet of what a model does: drawings, questions with answers, edits before and after, a thought."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -28,12 +27,8 @@ CELL, MARGIN, TEXT = 192, 16, 17
 INK, QUIET, PAPER, LINE = (25, 28, 35), (105, 112, 125), (250, 250, 248), (215, 216, 214)
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A picture (or none) with a caption under it."""
-
-    picture: Image.Image | None
-    caption: str
+Tile = tuple[Image.Image | None, str]
+"""A picture (or none) and the caption under it."""
 
 
 def sheet(bagel: Bagel, report: Callable[[str], None]) -> Image.Image:
@@ -41,22 +36,24 @@ def sheet(bagel: Bagel, report: Callable[[str], None]) -> Image.Image:
     report(f"drawing {len(PROMPTS)} pictures")
     pictures = bagel.generate(list(PROMPTS), seed=0)
     scene = pictures[2]
-    rows = [("Text to image", [Tile(p, prompt) for p, prompt in zip(pictures, PROMPTS, strict=True)])]
-    answers = []
+    rows: list[tuple[str, list[Tile]]] = [
+        ("Text to image", [(p, prompt) for p, prompt in zip(pictures, PROMPTS, strict=True)])
+    ]
+    answers: list[Tile] = []
     for question in QUESTIONS:
         answer = bagel.ask(scene, question)
         report(f"{question} {answer}")
-        answers.append(Tile(None, f"{question}\n{answer}"))
-    rows.append(("Understanding", [Tile(scene, "the picture"), *answers]))
-    edits = [Tile(scene, "before")]
+        answers.append((None, f"{question}\n{answer}"))
+    rows.append(("Understanding", [(scene, "the picture"), *answers]))
+    edits: list[Tile] = [(scene, "before")]
     for instruction in EDITS:
         report(instruction)
-        edits.append(Tile(bagel.edit(scene, instruction, seed=1), instruction))
+        edits.append((bagel.edit(scene, instruction, seed=1), instruction))
     rows.append(("Editing", edits))
     report(f"thinking about {THINKING}")
     planned = bagel.generate(THINKING, seed=0, think=True)
-    thought = Tile(None, f"{THINKING}\n<think> {planned.info['thought']} </think>")
-    rows.append(("Thinking before drawing", [thought, Tile(planned, "drawn after the thought")]))
+    thought = (None, f"{THINKING}\n<think> {planned.info['thought']} </think>")
+    rows.append(("Thinking before drawing", [thought, (planned, "drawn after the thought")]))
     return compose(rows)
 
 
@@ -72,14 +69,14 @@ def compose(rows: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:
     for index, (name, tiles) in enumerate(rows):
         top = MARGIN + index * height
         pen.text((MARGIN, top), name, INK, font=title)
-        for column, tile in enumerate(tiles):
+        for column, (picture, caption) in enumerate(tiles):
             left, upper = MARGIN + column * (CELL + MARGIN), top + 36
-            if tile.picture is not None:
-                canvas.paste(tile.picture.resize((CELL, CELL), Image.Resampling.NEAREST), (left, upper))
+            if picture is not None:
+                canvas.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (left, upper))
                 pen.rectangle((left - 1, upper - 1, left + CELL, upper + CELL), outline=LINE)
                 upper += CELL + 6
-            for number, line in enumerate(wrapped(tile.caption, text, CELL)):
-                pen.text((left, upper + number * (TEXT + 5)), line, INK if tile.picture else QUIET, font=text)
+            for number, line in enumerate(wrapped(caption, text, CELL)):
+                pen.text((left, upper + number * (TEXT + 5)), line, INK if picture else QUIET, font=text)
     return canvas
 
 

@@ -5,7 +5,7 @@ Shapes: H, W pixels; h, w patches; C channels of a pixel; p pixels of a patch si
 """
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +52,6 @@ class ImageLimits:
         size = self.fit(*picture.size, num_images)
         return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
-    def at_most(self, pixels: int) -> "ImageLimits":
-        return replace(self, max_pixels=pixels)
-
 
 def open_picture(source: str | Path | Image.Image) -> Image.Image:
     """An RGB picture, its transparency laid on white.
@@ -73,16 +70,13 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
             with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
                 if width * height > MAX_PICTURE_PIXELS:
-                    raise ValueError(
-                        f"{path} has {width}x{height} pixels, more than {MAX_PICTURE_PIXELS:,}; "
-                        "make it smaller first"
-                    )
+                    raise Image.DecompressionBombError(f"{width}x{height}, more than {MAX_PICTURE_PIXELS:,}")
                 return _rgb(picture)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} unpacks to too many pixels ({error}); make it smaller first") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture in one of the formats {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is damaged or truncated ({error}); get a complete copy of it") from None
 
 

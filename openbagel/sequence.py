@@ -120,8 +120,8 @@ class PackedSequence:
     """float[G, C]: latent tokens as the model sees them, stored at num_und …"""
     latent_position_ids: Tensor
     """int64[G]: rows of the latent position table."""
-    latent_counts: tuple[int, ...]
-    """Latent tokens of each frame."""
+    latent_frames: Tensor
+    """int64[G]: the frame of each latent token."""
     times: Tensor
     """float32[frames]: the time t of each frame."""
     position_ids: Tensor
@@ -280,7 +280,8 @@ class _Draft:
         num_und = int((~is_gen).sum())
         labels = list(zip(*self.labels, strict=True)) if self.labels else [(), (), ()]
         learned = torch.tensor([f.target is not None for f in self.latents], dtype=torch.bool)
-        counts = [len(frame.tokens) for frame in self.latents]
+        counts = torch.tensor([len(frame.tokens) for frame in self.latents], dtype=torch.int64)
+        frames = torch.arange(len(counts)).repeat_interleave(counts)
         targets = [frame.target for frame in self.latents if frame.target is not None]
         channels = self.config.latent_channels
         patch_values = 3 * (self.config.vit.patch_size if self.config.vit else 0) ** 2
@@ -294,7 +295,7 @@ class _Draft:
             patch_places=place[ids == self.PATCH],
             latents=torch.cat([f.tokens for f in self.latents]) if self.latents else torch.empty(0, channels),
             latent_position_ids=_joined(self.latent_ids),
-            latent_counts=tuple(counts),
+            latent_frames=frames,
             times=torch.tensor(self.times, dtype=torch.float32),
             position_ids=torch.tensor(self.position, dtype=torch.int64)[logical],
             logical=logical,
@@ -308,9 +309,7 @@ class _Draft:
             label_places=place[torch.tensor(labels[0], dtype=torch.int64)],
             labels=torch.tensor(labels[1], dtype=torch.int64),
             label_weights=torch.tensor(labels[2], dtype=torch.float32),
-            target_places=learned.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-            .nonzero()
-            .flatten(),
+            target_places=learned[frames].nonzero().flatten(),
             targets=torch.cat(targets) if targets else torch.empty(0, channels),
             next_positions=tuple(self.next_positions),
         )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 END_OF_TEXT = "<|endoftext|>"
@@ -65,7 +65,9 @@ class TextCodec:
         stored = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
         added = [
             entry["content"]
-            for _, entry in sorted(stored.get("added_tokens_decoder", {}).items(), key=_by_id)
+            for _, entry in sorted(
+                stored.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0])
+            )
         ]
         specials = added or [END_OF_TEXT, *stored.get("additional_special_tokens", [])]
         tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
@@ -100,13 +102,7 @@ class TextCodec:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def _by_id(item: tuple[str, dict[str, str]]) -> int:
-    return int(item[0])
-
-
 def _byte_level(model: models.BPE) -> Tokenizer:
-    from tokenizers import Regex
-
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -13,6 +13,7 @@ that already have the wanted dtype take no memory of their own.
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -396,20 +397,15 @@ def describe(folder: Path) -> dict[str, Any]:
     vae_files = TensorFiles([folder / VAE_FILE] if (folder / VAE_FILE).is_file() else [])
     shapes, vae_shapes = files.shapes(), vae_files.shapes()
     config = read_config(folder, shapes, vae_shapes, {})
-    parts: dict[str, int] = dict.fromkeys(
-        ("understanding expert", "generation expert", "vit and connector"), 0
-    )
+    parts: Counter[str] = Counter()
     for name, shape in shapes.items():
-        if any(part in name for part in GENERATION_PARTS):
-            part = "generation expert"
-        else:
-            part = "vit and connector" if name.startswith(("vit_", "connector.")) else "understanding expert"
-        parts[part] += math.prod(shape)
-    parts["autoencoder"] = sum(math.prod(shape) for shape in vae_shapes.values())
-    dtypes = sorted({str(files.handles[name].get_slice(name).get_dtype()) for name in shapes})
+        draws, looks = any(part in name for part in GENERATION_PARTS), name.startswith(("vit_", "connector."))
+        side = "generation expert" if draws else "vit and connector" if looks else "understanding expert"
+        parts[side] += math.prod(shape)
+    parts["autoencoder"] = sum(map(math.prod, vae_shapes.values()))
     return {
         "folder": str(folder),
-        "parameters": parts | {"all": sum(parts.values())},
-        "dtypes": dtypes,
+        "parameters": dict(parts) | {"all": parts.total()},
+        "dtypes": sorted({str(files.handles[name].get_slice(name).get_dtype()) for name in shapes}),
         "config": config_json(config),
     }

@@ -8,7 +8,7 @@ from openbagel.attention import Execution, attention_for, rotary_tables, rotate,
 from openbagel.sequence import PackedSequence, Segment, Text, VitImage
 from tests import tiny
 
-SEEDS = range(12)
+SEEDS = range(20)
 HEADS, KV_HEADS, WIDTH, THETA = 4, 2, 16, 1e4
 
 

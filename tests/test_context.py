@@ -1,4 +1,4 @@
-"""The KV cache against the uncached forward: whatever is said, forked, trimmed and looked at, in any order."""
+"""The KV cache against the uncached forward: whatever is said, forked, trimmed and looked at."""
 
 import random
 from collections.abc import Iterator
@@ -115,7 +115,7 @@ def has_tokens(segments: list[Segment]) -> bool:
     return bool(sum(tiny.packer().pack([segments]).lengths))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(24))
 def test_any_cut_equals_the_uncached_forward(seed: int) -> None:
     rng, talk = random.Random(seed), new_talk()
     for chunk in pieces(rng, tiny.segments(rng, 8)):
@@ -123,12 +123,12 @@ def test_any_cut_equals_the_uncached_forward(seed: int) -> None:
             check([Turn(talk, chunk)])
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(40))
 def test_any_history_equals_the_uncached_forward(seed: int) -> None:
     """Talks are extended (some together), forked, trimmed, looked at and dropped at random."""
     rng = random.Random(seed)
     talks = [new_talk()]
-    for _ in range(20):
+    for _ in range(25):
         match rng.choice(("say", "say", "say together", "say together", "fork", "trim", "drop", "reserve")):
             case "say":
                 check([Turn(rng.choice(talks), some_segments(rng), keep=rng.random() < 0.7)])
@@ -221,23 +221,6 @@ def test_bytes_per_token_do_not_grow_with_the_context() -> None:
     with one_decoding_step(16) as short, one_decoding_step(512) as long:
         assert short.bytes > 0
         assert (long.bytes, long.calls) == (short.bytes, short.calls)
-
-
-def test_bytes_per_denoising_step_do_not_grow_with_the_context() -> None:
-    """Two branches on one storage: one looks in place, the other in its own scratch buffer."""
-    (noised,) = tiny.segments(random.Random(1), 1, ("noised",))
-    allocated = []
-    for past in (16, 512):
-        engine, cond = Engine(tiny.model(), tiny.packer()), Context(tiny.config().llm)
-        engine.step([Forward((Row(cond, (Text((3,) * past, bare=True),), keep=True),))])
-        text = cond.fork()
-        engine.step([Forward((Row(cond, (WORDS,), keep=True),))])
-        step = Forward(tuple(Row(c, (noised,), read=Read.VELOCITY) for c in (cond, text)))
-        engine.step([step])
-        with Allocations() as counted:
-            engine.step([step])
-        allocated.append(counted.bytes)
-    assert allocated[0] == allocated[1]
 
 
 def test_hidden_segments_are_seen_once() -> None:

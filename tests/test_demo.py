@@ -6,12 +6,12 @@ import pytest
 from PIL import Image, ImageFont
 
 from openbagel import cli
-from openbagel.demo import CELL, MARGIN, Tile, compose, wrapped
+from openbagel.demo import CELL, MARGIN, compose, wrapped
 
 
 def test_rows_of_tiles_are_laid_out():
     picture = Image.new("RGB", (64, 64), (255, 0, 0))
-    canvas = compose([("Row", [Tile(picture, "a caption"), Tile(None, "words only")])])
+    canvas = compose([("Row", [(picture, "a caption"), (None, "words only")])])
     assert canvas.width == MARGIN + 2 * (CELL + MARGIN)
     assert canvas.getpixel((MARGIN + CELL // 2, MARGIN + 36 + CELL // 2)) == (255, 0, 0)
 

@@ -1,4 +1,4 @@
-"""Requests that share one model: alone, in turns, packed together, cancelled; guidance branches and TaylorSeer."""
+"""Requests that share one model: alone, in turns, packed, cancelled; guidance branches and TaylorSeer."""
 
 import math
 from collections.abc import Iterator
@@ -124,6 +124,19 @@ def test_results_come_in_the_order_of_rows(engine: Engine) -> None:
     assert [len(context) for context in contexts] == [0, 0, 3]
 
 
+def test_hidden_splits_are_never_kept(engine: Engine) -> None:
+    noised = VaeImage.noised(torch.ones(6, CHANNELS), GRID, 0.5)
+    kept, plain = (Context(tiny.config().llm) for _ in range(2))
+    engine.step([Forward((Row(kept, (*PROMPT, noised, *PROMPT), keep=True),))])
+    engine.step([Forward((Row(plain, (*PROMPT, *PROMPT), keep=True),))])
+    assert (len(kept), kept.position) == (len(plain), plain.position) == (10, 10)
+    ours, expected = (
+        engine.step([Forward((Row(c, (Text((9,)),), read=Read.LOGITS),))])[0][0].output for c in (kept, plain)
+    )
+    assert ours is not None and expected is not None
+    assert close(ours, expected)
+
+
 def test_closing_a_request_cancels_it(engine: Engine) -> None:
     stream = engine.stream(draw(PROMPT))
     assert isinstance(next(stream), events.Preview)
@@ -227,6 +240,7 @@ def test_branches_see_what_they_should(engine: Engine) -> None:
     assert (branches.cond.position, branches.image.position) == (3 * text + 1, 3 * text)
     row_by_row(engine, branches.hear([PICTURE]))
     assert branches.text.lineage == branches.cond.lineage
+    assert (len(branches.cond), len(branches.image)) == (3 * text + 2 * picture, 3 * text)
 
 
 # TaylorSeer -------------------------------------------------------------------------------------------------

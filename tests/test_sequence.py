@@ -99,7 +99,7 @@ def test_targets_and_times() -> None:
     assert p.target_places.tolist() == [2, 3, 4, 5, 6, 7]
     assert torch.equal(p.targets, latent().repeat(3, 1))
     assert p.times.tolist() == [0.0, 0.5, 0.5, 0.5]
-    assert p.latent_counts == (2, 2, 2, 2)
+    assert p.latent_frames.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_no_losses_without_targets() -> None:

@@ -66,6 +66,10 @@ def test_top_p_keeps_the_smallest_set_of_that_mass(top_p: float) -> None:
     assert set(draws(scores, replace(WARM, top_p=top_p - 1e-3))) == kept
 
 
+def test_top_p_stops_once_the_mass_is_reached() -> None:
+    assert len(set(draws(torch.zeros(2), replace(WARM, top_p=0.5)))) == 1
+
+
 def test_draws_follow_the_tempered_distribution() -> None:
     scores = logits(size=5)
     counts = torch.bincount(torch.tensor(draws(scores, replace(WARM, temperature=2.0), 4000)), minlength=5)

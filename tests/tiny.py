@@ -100,7 +100,8 @@ def randomised(module: M, seed: int = 0) -> M:
 @cache
 def model(experts: Experts = Experts.MOT) -> BagelModel:
     """Shared by all tests: they must not change it."""
-    return randomised(BagelModel(config(experts)))
+    with torch.inference_mode(False):
+        return randomised(BagelModel(config(experts)))
 
 
 @cache

@@ -47,7 +47,7 @@ class Record:
     held_out: bool
 
 
-def evaluate(bagel: Bagel, plan: Plan, progress: Callable[[int], None] | None = None) -> Iterator[Record]:
+def evaluate(bagel: Bagel, plan: Plan, progress: Callable[[int], object] | None = None) -> Iterator[Record]:
     """Records in order of kind and index; the same plan on the same model gives the same records."""
     world = nano_world()
     for kind in plan.kinds:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from openbagel.config import LLMConfig
 
+SLACK = 256
+"""Free tokens of a new storage: room for the prompt after a picture, so that branches go on sharing."""
+
 
 class Storage:
     """Keys and values of all layers: [layers, 2, capacity, kv heads, head width], and the contexts that live
@@ -118,7 +121,7 @@ class Context:
         old = self._storage
         if old is not None and self._in_place and total <= old.capacity:
             return old
-        capacity = max(total, self._reserved, 0 if old is None else 2 * self.length)
+        capacity = max(total + SLACK, self._reserved, 0 if old is None else 2 * self.length)
         new = Storage(like, self.llm.num_hidden_layers, capacity)
         if old is not None:
             new.data[:, :, : self.length] = old.data[:, :, : self.length]

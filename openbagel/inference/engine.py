@@ -118,53 +118,62 @@ class Engine:
                 results[i] = Result(output[0] if read is Read.LOGITS else output, states[i])
         return results
 
+    def run(self, requests: Sequence[Request[T]]) -> Generator[tuple[int, Event], None, list[T]]:
+        """Drives requests together, one pack a step, and returns their values; closing it cancels them.
+
+        Yields each event with its request's number.
+        """
+        answers: dict[int, T] = {}
+        inbox: dict[int, tuple[Result, ...] | None] = dict.fromkeys(range(len(requests)))
+        try:
+            while inbox:
+                waiting: dict[int, Forward] = {}
+                for number, results in inbox.items():
+                    heard: list[Event] = []
+                    try:
+                        waiting[number] = advance(requests[number], results, heard.append)
+                    except StopIteration as stop:
+                        answers[number] = stop.value
+                    yield from ((number, event) for event in heard)
+                inbox = dict(zip(waiting, self.step(list(waiting.values())), strict=True)) if waiting else {}
+        finally:
+            for request in requests:
+                request.close()
+        return [answers[number] for number in range(len(requests))]
+
     def stream(self, request: Request[T]) -> Iterator[Event]:
         """Drives one request and yields its events; closing the iterator cancels the request."""
-        results: tuple[Result, ...] | None = None
-        with closing(request):
-            while True:
-                try:
-                    item = next(request) if results is None else request.send(results)
-                except StopIteration:
-                    return
-                results = None
-                if isinstance(item, Forward):
-                    results = self.step([item])[0]
-                else:
-                    yield item
+        with closing(self.run([request])) as running:
+            yield from (event for _, event in running)
 
-    def drive(self, request: Request[T], listen: Callable[[Event], None] | None = None) -> T:
+    def drive(self, request: Request[T], listen: Callable[[Event], object] | None = None) -> T:
         """Drives one request to its end."""
         return self.drive_all([request], lambda _, event: listen(event) if listen else None)[0]
 
     def drive_all(
-        self, requests: Sequence[Request[T]], listen: Callable[[int, Event], None] | None = None
+        self, requests: Sequence[Request[T]], listen: Callable[[int, Event], object] | None = None
     ) -> list[T]:
-        """Drives requests together, one pack a step; listen gets each event with its request's number."""
-        answers: dict[int, T] = {}
-        inbox: dict[int, tuple[Result, ...] | None] = dict.fromkeys(range(len(requests)))
-        while inbox:
-            waiting: dict[int, Forward] = {}
-            for number, results in inbox.items():
+        """Drives requests to their ends; listen gets each event with its request's number."""
+        running = self.run(requests)
+        with closing(running):
+            while True:
                 try:
-                    waiting[number] = advance(requests[number], results, number, listen)
+                    number, event = next(running)
                 except StopIteration as stop:
-                    answers[number] = stop.value
-            inbox = dict(zip(waiting, self.step(list(waiting.values())), strict=True)) if waiting else {}
-        return [answers[number] for number in range(len(requests))]
+                    return stop.value
+                if listen is not None:
+                    listen(number, event)
 
 
 def advance(
     request: Request[T],
-    results: tuple[Result, ...] | None,
-    number: int = 0,
-    listen: Callable[[int, Event], None] | None = None,
+    results: tuple[Result, ...] | None = None,
+    listen: Callable[[Event], object] = lambda event: None,
 ) -> Forward:
     """Runs a request to its next forward, handing events on; StopIteration carries its value when it ends."""
-    item = request.send(results) if results is not None else next(request)
+    item = request.send(results)  # pyright: ignore[reportArgumentType]
     while not isinstance(item, Forward):
-        if listen is not None:
-            listen(number, item)
+        listen(item)
         item = next(request)
     return item
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from PIL import Image
@@ -25,9 +25,7 @@ from openbagel.weights import Checkpoint, load_checkpoint
 NANO = Path(__file__).parents[1] / "assets" / "nano"
 Part = str | Path | Image.Image
 """Something said or shown: a `str` is text, a path or a picture is shown."""
-Listener = Callable[[events.Event], None]
-Reply = Literal["auto", "text", "image"]
-T = TypeVar("T")
+Listener = Callable[[events.Event], object]
 
 
 class DrawOptions(TypedDict, total=False):
@@ -59,7 +57,7 @@ class Bagel:
         self.config, self.codec = checkpoint.config, checkpoint.codec
         self.model, self.autoencoder = checkpoint.model, checkpoint.autoencoder
         self.engine = Engine(self.model, Packer(self.config, self.codec))
-        self.listen: Listener = _ignore
+        self.listen: Listener = lambda event: None
 
     @classmethod
     def load(
@@ -150,12 +148,7 @@ class Bagel:
         return self.engine.drive(request, self.listen)
 
     def ask(
-        self,
-        images: Part | Sequence[Part],
-        question: str,
-        *,
-        seed: int = 0,
-        think: bool = False,
+        self, images: Part | Sequence[Part], question: str, *, seed: int = 0, think: bool = False
     ) -> Answer:
         """Answers a question about one or several pictures (none: a plain text question)."""
         parts = [*_pictures(images), question]
@@ -165,7 +158,7 @@ class Bagel:
         self,
         parts: Sequence[Part],
         *,
-        reply: Reply = "auto",
+        reply: Literal["auto", "text", "image"] = "auto",
         size: tuple[int, int] | None = None,
         seed: int = 0,
         think: bool = False,
@@ -180,25 +173,29 @@ class Bagel:
                 "this model was not trained to decide between writing and drawing; "
                 'pass reply="text" or reply="image"'
             )
+        request: Request[Answer] | Request[Image.Image]
         if reply == "text":
-            return [self.engine.drive(self.write_request(parts, seed=seed, think=think), self.listen)]
-        task = "edit" if any(not isinstance(part, str) for part in parts) else "draw"
-        sampling = self._sampling(task, None)
-        request = self.draw_request(parts, size=size, seed=seed, think=think, sampling=sampling)
+            request = self.write_request(parts, seed=seed, think=think)
+        else:
+            task = "edit" if any(not isinstance(part, str) for part in parts) else "draw"
+            sampling = self._sampling(task, None)
+            request = self.draw_request(parts, size=size, seed=seed, think=think, sampling=sampling)
         return [self.engine.drive(request, self.listen)]
 
     def write_request(self, parts: Sequence[Part], *, seed: int, think: bool) -> Request[Answer]:
         """A request that takes in parts and writes an answer."""
         sampling = self.config.settings.ask
-        heard = [self._said(part) if isinstance(part, str) else self._looked_at(part) for part in parts]
+        limits = self.config.settings.vae_limits  # looking resizes twice, as the official inferencer does
+        heard: list[Segment] = [
+            self._said(p) if isinstance(p, str) else self._vit(limits.resize(open_picture(p))) for p in parts
+        ]
         generator = torch.Generator().manual_seed(seed)
 
         def request() -> Request[Answer]:
             context = Context(self.config.llm)
             if think:
                 heard.insert(0, self._said(THINK_BEFORE_ANSWERING))
-            segments = tuple(segment for part in heard for segment in part)
-            yield Forward((Row(context, segments, keep=True),))
+            yield Forward((Row(context, tuple(heard), keep=True),))
             budget = sampling.max_tokens + (sampling.max_think_tokens if think else 0)
             ids = yield from write(
                 context, self.codec, sampling=sampling, max_tokens=budget, generator=generator, thinking=think
@@ -232,10 +229,8 @@ class Bagel:
         last = [(picture.height, picture.width) for picture in shown.values()][-1:]
         height, width = self._checked(size or (last[0] if last else self.config.settings.size))
         generator = torch.Generator().manual_seed(seed)
-        heard = [
-            self._said(p)
-            if isinstance(p, str)
-            else self._shown(shown[i], generator, tiled=sampling.tiled_vae)
+        heard: list[list[Segment]] = [
+            [self._said(p)] if isinstance(p, str) else self._shown(shown[i], generator, sampling.tiled_vae)
             for i, p in enumerate(parts)
         ]
 
@@ -243,7 +238,7 @@ class Bagel:
             thought = None
             branches = Branches.of(Context(self.config.llm))
             if think:
-                yield from branches.hear([self._said(THINK_BEFORE_DRAWING)])
+                yield from branches.hear([[self._said(THINK_BEFORE_DRAWING)]])
                 branches.text = branches.cond.fork()
             yield from branches.hear(heard)
             if think:
@@ -255,7 +250,8 @@ class Bagel:
                     generator=generator,
                     thinking=True,
                 )
-                thought = split_thought(self.codec.decode(ids))[0]
+                text = self.codec.decode(ids)
+                thought = split_thought(text)[0] or text.strip()
             grid = (height // self.config.latent_stride, width // self.config.latent_stride)
             noise = draw_noise(grid, self.config.latent_channels, generator).to(self.engine.device)
             latents = yield from denoise(branches, noise, grid, sampling)
@@ -272,7 +268,9 @@ class Bagel:
         """The picture of latent tokens float[h·w, C]."""
         assert self.autoencoder is not None
         z_CHW = unpatchify(latents, grid, self.config.latent_patch_size)
-        return to_picture(self.autoencoder.decode(z_CHW[None].to(self._vae_dtype), tiled=tiled)[0])
+        return to_picture(
+            self.autoencoder.decode(z_CHW[None].to(self.autoencoder.decoder.conv_in.weight), tiled=tiled)[0]
+        )
 
     @torch.inference_mode()
     def encode(
@@ -285,34 +283,22 @@ class Bagel:
         noise = torch.randn(
             1, vae.z_channels, height // vae.downsample, width // vae.downsample, generator=generator
         )
-        pixels = pixels_CHW[None].to(self.engine.device, self._vae_dtype)
+        pixels = pixels_CHW[None].to(self.autoencoder.encoder.conv_in.weight)
         z_CHW = self.autoencoder.encode(pixels, noise.to(pixels), tiled=tiled)[0].float()
         stride = self.config.latent_stride
         return VaeImage.clean(
             patchify(z_CHW, self.config.latent_patch_size), (height // stride, width // stride)
         )
 
-    @property
-    def _vae_dtype(self) -> torch.dtype:
-        assert self.autoencoder is not None
-        return self.autoencoder.decoder.conv_in.weight.dtype
-
-    def _said(self, text: str) -> list[Segment]:
-        return [Text(self.codec.encode(text))]
-
-    def _looked_at(self, picture: Path | Image.Image) -> list[Segment]:
-        """What understanding sees of a picture: the ViT alone, after the drawing limits as in the official
-        inferencer.
-        """
-        settings = self.config.settings
-        return [self._vit(settings.vae_limits.resize(open_picture(picture)))]
+    def _said(self, text: str) -> Text:
+        return Text(self.codec.encode(text))
 
     def _vit(self, picture: Image.Image) -> VitImage:
         if self.config.vit is None:
             raise ValueError("this model cannot look at pictures: it has no ViT")
         return VitImage(to_pixels(self.config.settings.vit_limits.resize(picture)))
 
-    def _shown(self, picture: Image.Image, generator: torch.Generator, *, tiled: bool) -> list[Segment]:
+    def _shown(self, picture: Image.Image, generator: torch.Generator, tiled: bool) -> list[Segment]:
         """What drawing sees of a picture already within its limits: its latents, then the ViT."""
         return [self.encode(to_pixels(picture), generator, tiled=tiled), self._vit(picture)]
 
@@ -352,7 +338,3 @@ def find_model(model: str | Path) -> Path:
 def _pictures(images: Part | Sequence[Part]) -> list[Path | Image.Image]:
     several = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
     return [Path(image) if isinstance(image, str) else image for image in several]
-
-
-def _ignore(event: events.Event) -> None:
-    """The listener of those who do not listen."""

@@ -12,19 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openbagel.attention import Cache, Execution, attention_for, rotary_tables
-from openbagel.config import Activation, BagelConfig
+from openbagel.config import BagelConfig
 from openbagel.images import sincos_table
-from openbagel.model.transformer import LanguageModel, Route
+from openbagel.model.transformer import LanguageModel, RMSNorm, Route
 from openbagel.model.vit import VisionModel
 from openbagel.sequence import PackedSequence
 
 TIME_CHANNELS = 256
-ACTIVATIONS = {
-    Activation.GELU_TANH: nn.GELU(approximate="tanh"),
-    Activation.GELU: nn.GELU(),
-    Activation.RELU: nn.ReLU(),
-    Activation.SILU: nn.SiLU(),
-}
 
 
 class TimestepEmbedder(nn.Module):
@@ -61,14 +55,13 @@ class PositionTable(nn.Module):
 
 
 class Connector(nn.Module):
-    def __init__(self, inner: int, outer: int, activation: Activation) -> None:
+    def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(inner, outer)
         self.fc2 = nn.Linear(outer, outer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class BagelModel(nn.Module):
@@ -86,7 +79,7 @@ class BagelModel(nn.Module):
         if config.vit:
             side = config.vit_max_num_patch_per_side
             self.vit_model = VisionModel(config)
-            self.connector = Connector(config.vit.hidden_size, width, config.connector_act)
+            self.connector = Connector(config.vit.hidden_size, width)
             self.vit_pos_embed = PositionTable(side, width)
         if config.vae:
             self.time_embedder = TimestepEmbedder(width)
@@ -135,8 +128,7 @@ class BagelModel(nn.Module):
         x_GD = self.vae2llm(sequence.latents.to(self.vae2llm.weight.dtype))
         time = self.time_embedder(sequence.times)
         if len(time) > 1:
-            counts = torch.tensor(sequence.latent_counts, device=time.device)
-            time = time.repeat_interleave(counts, dim=0, output_size=len(x_GD))
+            time = time[sequence.latent_frames]
         return x_GD + time + self.latent_pos_embed(sequence.latent_position_ids)
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
@@ -179,6 +171,8 @@ class BagelModel(nn.Module):
                     self._initialise_linear(name, module, generator)
                 elif isinstance(module, nn.LayerNorm):
                     module.reset_parameters()
+                elif isinstance(module, RMSNorm):
+                    module.weight.fill_(1)
             self.copy_understanding_expert()
             if self.config.vae:
                 self.llm2vae.weight.zero_()

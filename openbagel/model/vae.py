@@ -97,15 +97,14 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        last = len(widths) - 1
         self.down = nn.ModuleList(
             Level(
                 [inner] + [outer] * config.num_res_blocks,
                 config.groups,
-                None if outer_is_last else ("downsample", Downsample(outer)),
+                None if index == last else ("downsample", Downsample(outer)),
             )
-            for inner, outer, outer_is_last in zip(
-                [config.ch, *widths[:-1]], widths, [False] * (len(widths) - 1) + [True], strict=True
-            )
+            for index, (inner, outer) in enumerate(zip([config.ch, *widths[:-1]], widths, strict=True))
         )
         self.mid = Middle(widths[-1], config.groups)
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
@@ -186,6 +185,8 @@ def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, cell_in: int, cell_out:
     cell_out after.
     """
     h, w = x.shape[-2] // cell_in, x.shape[-1] // cell_in
+    if h <= TILE and w <= TILE:
+        return run(x)
     total: Tensor | None = None
     weights = torch.zeros(h * cell_out, w * cell_out, device=x.device)
     for top in _tile_starts(h):

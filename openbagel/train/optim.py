@@ -1,7 +1,6 @@
 """Learning-rate schedules and the exponential moving average of the weights."""
 
 import math
-from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -36,7 +35,3 @@ class EMA:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self.average.items():
             value.copy_(state[name])
-
-
-def trainable(model: nn.Module) -> Iterable[nn.Parameter]:
-    return (p for p in model.parameters() if p.requires_grad)

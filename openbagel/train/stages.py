@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
 from openbagel.sequence import Packer
 from openbagel.tokens import TextCodec
-from openbagel.train.autoencoder import AutoencoderRecipe, latent_scale, train_autoencoder
+from openbagel.train.autoencoder import AutoencoderTrainer
 from openbagel.train.trainer import Trainer, TrainRecipe
 from openbagel.weights import Checkpoint, load_checkpoint, save_checkpoint
 from openbagel.world.samples import LatentCache, Mixture, Teacher, world_codec
@@ -29,7 +29,7 @@ class Recipe:
 
     folder: str
     mixture: Mixture
-    autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
+    autoencoder: TrainRecipe
     model: TrainRecipe
     start: str | None = None
 
@@ -73,22 +73,16 @@ def _begin_from(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> 
     if recipe.start is not None:
         return load_checkpoint(recipe.start, dtype=torch.float32)
     config = nano(VOCABULARY)
-    vae = config.vae
-    assert vae is not None
-    world = nano_world()
-    trained = train_autoencoder(vae, world, recipe.autoencoder, folder=folder / "autoencoder", report=report)
-    scale, shift = latent_scale(trained, world, recipe.autoencoder)
-    vae = replace(vae, scale=round(scale, 4), shift=round(shift, 4))
-    config = replace(config, vae=vae)
+    assert config.vae is not None
+    trainer = AutoencoderTrainer(config.vae, nano_world(), recipe.autoencoder)
+    trainer.run(folder / "autoencoder", report)
+    scale, shift = trainer.latent_statistics()
+    vae = replace(config.vae, scale=scale, shift=shift)
     autoencoder = AutoEncoder(vae)
-    autoencoder.load_state_dict(trained.state_dict())
-    codec = _codec(folder)
+    autoencoder.load_state_dict(trainer.model.state_dict())
+    config = replace(config, vae=vae)
     model = BagelModel(config)
     model.initialise(torch.Generator().manual_seed(recipe.model.seed))
-    return Checkpoint(config, model, autoencoder.eval(), codec)
-
-
-def _codec(folder: Path) -> TextCodec:
     if not (folder / "tokenizer.json").is_file():
         world_codec(nano_world(), VOCABULARY).save(folder)
-    return TextCodec.load(folder)
+    return Checkpoint(config, model, autoencoder.eval(), TextCodec.load(folder))

@@ -8,7 +8,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 Pair = tuple["Shape", "Colour"]
 
@@ -122,26 +121,6 @@ class Thing:
         cos, sin = abs(math.cos(self.rotation)), abs(math.sin(self.rotation))
         return self.radius * (width * cos + height * sin), self.radius * (width * sin + height * cos)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape.value,
-            "colour": self.colour.value,
-            "size": self.size.value,
-            "x": self.x,
-            "y": self.y,
-            "rotation": self.rotation,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Thing":
-        """Read what `to_json` wrote. ValueError for unknown names, KeyError or TypeError for wrong keys."""
-        names = {
-            "shape": Shape(data["shape"]),
-            "colour": Colour(data["colour"]),
-            "size": Size(data["size"]),
-        }
-        return cls(**{**data, **names})
-
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -149,19 +128,6 @@ class Scene:
 
     ground: Ground
     things: tuple[Thing, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ground": self.ground.value,
-            "things": [thing.to_json() for thing in self.things],
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Scene":
-        return cls(
-            Ground(data["ground"]),
-            tuple(Thing.from_json(thing) for thing in data["things"]),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,14 +259,7 @@ def nano_world() -> World:
     """
     return World(
         shapes=(Shape.CIRCLE, Shape.SQUARE, Shape.TRIANGLE, Shape.CROSS),
-        colours=(
-            Colour.RED,
-            Colour.GREEN,
-            Colour.BLUE,
-            Colour.YELLOW,
-            Colour.PURPLE,
-            Colour.CYAN,
-        ),
+        colours=(Colour.RED, Colour.GREEN, Colour.BLUE, Colour.YELLOW, Colour.PURPLE, Colour.CYAN),
         sizes=(Size.SMALL, Size.LARGE),
         grounds=(Ground.WHITE, Ground.GREY, Ground.BLACK),
         max_things=3,

@@ -8,15 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from openbagel.world.language import (
-    NUMBERS,
-    Phrase,
-    Relation,
-    caption,
-    enumerate_words,
-    layout,
-    on_ground,
-)
+from openbagel.world.language import NUMBERS, Phrase, Relation, caption, enumerate_words, layout, on_ground
 from openbagel.world.scene import Colour, Ground, Look, Scene, Shape, Thing, World
 
 _CORPUS_EXAMPLES_PER_KIND = 500

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from openbagel.config import BagelConfig, Sampling, to_json
+from openbagel.config import Sampling, to_json
 from openbagel.flow import Guidance, Renorm, interpolate, shifted, velocity_target
 from openbagel.images import ImageLimits, normalised, patchify
 from openbagel.inference.pipeline import Bagel
@@ -234,7 +234,3 @@ def inference_model(folder: Path) -> Bagel:
     limits = {f"{kind}_limits": ImageLimits(**facts[f"{kind}_transform"]) for kind in ("vae", "vit")}
     own = to_json(replace(loaded.config.settings, **limits))
     return Bagel.load(path, device="cpu", dtype=torch.float32, settings=settings | {"openbagel": own})
-
-
-def with_sampling(bagel: Bagel, case: Case) -> BagelConfig:
-    return bagel.using(case.sampling).config

@@ -11,7 +11,7 @@ from openbagel.config import nano
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
 from openbagel.sequence import Packer, Text, VaeImage, VitImage
-from openbagel.train.autoencoder import AutoencoderRecipe, latent_scale, train_autoencoder
+from openbagel.train.autoencoder import AutoencoderTrainer
 from openbagel.train.optim import EMA, learning_rate
 from openbagel.train.stages import read_recipe, train
 from openbagel.train.trainer import Trainer, TrainRecipe
@@ -33,7 +33,7 @@ def small_config():
     return replace(config, llm=llm, vit=vit, vae=replace(config.vae, ch=8))
 
 
-def trainer(folder: Path, recipe: TrainRecipe) -> Trainer:
+def trainer(folder: Path, recipe: TrainRecipe, copies: int = 1) -> Trainer:
     config = small_config()
     torch.manual_seed(0)
     assert config.vae
@@ -41,7 +41,7 @@ def trainer(folder: Path, recipe: TrainRecipe) -> Trainer:
     with torch.no_grad():
         autoencoder.encoder.conv_out.bias[config.vae.z_channels :] = -10  # pyright: ignore
     latents = LatentCache(autoencoder, folder / "latents", 50)
-    mixture = Mixture(kinds=KINDS, think=0.2, examples_per_kind=50)
+    mixture = Mixture(kinds=KINDS, think=0.2, copies=copies, examples_per_kind=50)
     teacher = Teacher(config, CODEC, world=nano_world(), mixture=mixture, latents=latents)
     model = BagelModel(config)
     model.initialise(torch.Generator().manual_seed(1))
@@ -129,16 +129,26 @@ def test_ema_follows_its_formula():
 def test_autoencoder_training_resumes(tmp_path: Path):
     vae = small_config().vae
     assert vae
-    lines: list[str] = []
-    recipe = AutoencoderRecipe(steps=4, batch=1)
-    straight = train_autoencoder(vae, nano_world(), recipe, folder=tmp_path / "a", report=lines.append)
-    cut = replace(recipe, max_minutes=0.0)
-    train_autoencoder(vae, nano_world(), cut, folder=tmp_path / "b", report=lines.append)
-    resumed = train_autoencoder(vae, nano_world(), recipe, folder=tmp_path / "b", report=lines.append)
-    for name, value in straight.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    scale, _ = latent_scale(straight, nano_world(), recipe)
-    assert scale > 0
+    whole, cut = (TrainRecipe(steps=steps, samples=1) for steps in (4, 2))
+    straight, first, second = (
+        AutoencoderTrainer(vae, nano_world(), recipe) for recipe in (whole, cut, whole)
+    )
+    straight.run(tmp_path / "a", lambda _: None)
+    first.run(tmp_path / "b", lambda _: None)
+    second.run(tmp_path / "b", lambda _: None)
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    scale, shift = second.latent_statistics()
+    assert scale > 0 and abs(shift) < 1
+
+
+def test_copies_share_their_context_and_spread_their_times(tmp_path: Path):
+    run = trainer(tmp_path, TrainRecipe(steps=1), copies=4)
+    drawn = [s for s in run.teacher.samples(0, 8) if isinstance(s[-1], VaeImage)]
+    for segments in drawn:
+        copies = [s for s in segments if isinstance(s, VaeImage) and s.hidden]
+        assert len(copies) == 4 and [c.t for c in copies] == sorted({c.t for c in copies})
+    assert drawn
 
 
 def test_recipe_of_nano_reads_and_refuses_typos():

@@ -6,14 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.judge import DAMAGES, Redraw, damaged, sample_scenes, share_accepted, soften, strict_spec
+from benchmarks.judge import (
+    DAMAGES,
+    Redraw,
+    damaged,
+    free_world,
+    sample_scenes,
+    share_accepted,
+    soften,
+    strict_spec,
+)
 from openbagel.world.judge import judge, parse, unmet
 from openbagel.world.language import Phrase, Relation
 from openbagel.world.render import render, render_picture
-from openbagel.world.scene import Colour, Ground, Scene, Shape, Size, Thing, World, nano_world
+from openbagel.world.scene import Colour, Ground, Scene, Shape, Size, Thing, World
 from openbagel.world.tasks import TASKS, Spec, example
 
-WORLD = nano_world()
+WORLD = free_world()
 CIRCLE = Thing(Shape.CIRCLE, Colour.RED, Size.LARGE, 0.3, 0.3)
 SQUARE = Thing(Shape.SQUARE, Colour.BLUE, Size.SMALL, 0.7, 0.6)
 SCENE = Scene(Ground.GREY, (CIRCLE, SQUARE))

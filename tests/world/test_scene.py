@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from openbagel.config import from_json, to_json
 from openbagel.world.scene import (
     COLOUR_RGB,
     GROUND_RGB,
@@ -79,11 +80,11 @@ def test_a_larger_world_has_room_for_six() -> None:
 
 def test_json_round_trip() -> None:
     scene = Scene(Ground.GREY, (Thing(Shape.RING, Colour.PINK, Size.MEDIUM, 0.25, 0.5, rotation=1.5),))
-    assert Scene.from_json(json.loads(json.dumps(scene.to_json()))) == scene
+    assert from_json(Scene, json.loads(json.dumps(to_json(scene))), "scene") == scene
     with pytest.raises(ValueError, match="octagon"):
-        Thing.from_json({**scene.things[0].to_json(), "shape": "octagon"})
-    with pytest.raises(TypeError, match="weight"):
-        Thing.from_json({**scene.things[0].to_json(), "weight": 1})
+        from_json(Thing, {**to_json(scene.things[0]), "shape": "octagon"}, "thing")
+    with pytest.raises(ValueError, match="weight"):
+        from_json(Thing, {**to_json(scene.things[0]), "weight": 1}, "thing")
 
 
 def test_rotation_turns_the_box() -> None:
