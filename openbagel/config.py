@@ -7,6 +7,7 @@ by itself to draw.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -106,6 +107,16 @@ class Sampling:
     taylorseer: bool = False
     tiled_vae: bool = False
     """Encode and decode large pictures in overlapping tiles: bounded memory, approximate."""
+
+    def __post_init__(self) -> None:
+        bounds = {"max_tokens": 1, "max_think_tokens": 0, "temperature": 0, "top_k": 0, "num_timesteps": 2}
+        for name, least in bounds.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+        if not (0 < self.top_p <= 1 and 0 < self.timestep_shift < math.inf):
+            raise ValueError(
+                f"top_p {self.top_p} must lie in (0, 1], timestep_shift {self.timestep_shift} above 0"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

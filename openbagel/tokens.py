@@ -95,7 +95,8 @@ class TextCodec:
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        valid = text.encode("utf-8", "replace").decode()  # a command line's stray bytes become question marks
+        return tuple(self.tokenizer.encode(valid, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; markers among them are spelled out."""

@@ -173,6 +173,10 @@ class Bagel:
                 "this model was not trained to decide between writing and drawing; "
                 'pass reply="text" or reply="image"'
             )
+        if reply not in ("text", "image") or not parts:
+            raise ValueError(
+                f'"{reply}" is none of auto, text and image' if parts else "nothing was said or shown"
+            )
         request: Request[Answer] | Request[Image.Image]
         if reply == "text":
             request = self.write_request(parts, seed=seed, think=think)

@@ -98,16 +98,6 @@ def _diamond(x: Tensor, y: Tensor) -> Tensor:
     return (height * x.abs() + width * y.abs() - width * height) / math.hypot(width, height)
 
 
-def _hexagon(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.abs(), y.abs()
-    return torch.maximum(y - 0.866, 0.866 * x + 0.5 * y - 0.866)
-
-
-def _arrow(x: Tensor, y: Tensor) -> Tensor:
-    """Points up: a head over a shaft."""
-    return torch.minimum(_wedge(x, y, -1.0, 0.1), _box(x, y - 0.5, 0.36, 0.5))
-
-
 def _star(x: Tensor, y: Tensor) -> Tensor:
     """Five points, one upwards: a pentagram is where at most one of its five lines has the point outside."""
     y = y - 0.105
@@ -140,6 +130,4 @@ _DISTANCES: dict[Shape, Distance] = {
     Shape.RING: _ring,
     Shape.HEART: _heart,
     Shape.DIAMOND: _diamond,
-    Shape.HEXAGON: _hexagon,
-    Shape.ARROW: _arrow,
 }

@@ -21,8 +21,6 @@ class Shape(StrEnum):
     RING = "ring"
     HEART = "heart"
     DIAMOND = "diamond"
-    HEXAGON = "hexagon"
-    ARROW = "arrow"
 
 
 class Colour(StrEnum):
@@ -34,8 +32,6 @@ class Colour(StrEnum):
     CYAN = "cyan"
     ORANGE = "orange"
     PINK = "pink"
-    BROWN = "brown"
-    LIME = "lime"
 
 
 class Size(StrEnum):
@@ -50,7 +46,6 @@ class Ground(StrEnum):
     GREY = "grey"
     NAVY = "navy"
     BEIGE = "beige"
-    TEAL = "teal"
 
 
 COLOUR_RGB: dict[Colour, tuple[int, int, int]] = {
@@ -62,8 +57,6 @@ COLOUR_RGB: dict[Colour, tuple[int, int, int]] = {
     Colour.CYAN: (50, 210, 225),
     Colour.ORANGE: (250, 135, 25),
     Colour.PINK: (250, 135, 195),
-    Colour.BROWN: (125, 70, 30),
-    Colour.LIME: (160, 240, 50),
 }
 GROUND_RGB: dict[Ground, tuple[int, int, int]] = {
     Ground.WHITE: (255, 255, 255),
@@ -71,7 +64,6 @@ GROUND_RGB: dict[Ground, tuple[int, int, int]] = {
     Ground.GREY: (128, 128, 128),
     Ground.NAVY: (15, 20, 80),
     Ground.BEIGE: (235, 220, 185),
-    Ground.TEAL: (10, 85, 90),
 }
 RADIUS: dict[Size, float] = {Size.SMALL: 0.12, Size.MEDIUM: 0.155, Size.LARGE: 0.19}
 """Nominal radius of an object, as a fraction of the picture's side."""
@@ -85,8 +77,6 @@ HALF_BOX: dict[Shape, tuple[float, float]] = {
     Shape.RING: (1.0, 1.0),
     Shape.HEART: (1.0, 0.87),
     Shape.DIAMOND: (0.7, 1.1),
-    Shape.HEXAGON: (1.0, 0.87),
-    Shape.ARROW: (1.0, 1.0),
 }
 """Half the width and height of each unrotated shape, in radii; an object's centre is its box's centre."""
 

@@ -100,7 +100,7 @@ def test_a_shift_of_a_tenth_of_a_pixel_shows() -> None:
 
 def test_rotation_is_clockwise() -> None:
     upright, quarter = (
-        coverage([Thing(Shape.ARROW, Colour.RED, Size.LARGE, 0.5, 0.5, rotation=angle)], 64)[0]
+        coverage([Thing(Shape.HEART, Colour.RED, Size.LARGE, 0.5, 0.5, rotation=angle)], 64)[0]
         for angle in (0.0, math.pi / 2)
     )
     assert torch.allclose(quarter, upright.rot90(-1), atol=1e-3)

@@ -73,7 +73,7 @@ def test_placing_ends_with_three_of_the_largest_and_refuses_the_impossible() -> 
 
 def test_a_larger_world_has_room_for_six() -> None:
     world = World(tuple(Shape), tuple(Colour), tuple(Size), tuple(Ground), 6, 128)
-    small = Look(Shape.STAR, Colour.LIME, Size.SMALL)
+    small = Look(Shape.STAR, Colour.PINK, Size.SMALL)
     scene = world.place(random.Random(0), [small] * 6)
     assert len(scene.things) == 6 and all(inside(thing) for thing in scene.things)
 
