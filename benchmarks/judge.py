@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openbagel.inference.pipeline import find_model
+from openbagel.weights import load_checkpoint
 from openbagel.world.judge import judge, unmet
 from openbagel.world.render import render
 from openbagel.world.scene import GROUND_RGB, Look, Scene, Thing, World, find_place, nano_world
@@ -182,6 +184,21 @@ def share_accepted(world: World, scenes: Sequence[Scene], draw: Callable[[Sequen
     return accepted / len(scenes)
 
 
+def autoencoded(model: str) -> Redraw:
+    """Pictures encoded and decoded by a model's autoencoder, the posterior sampled."""
+    autoencoder = load_checkpoint(find_model(model), dtype=torch.float32).autoencoder
+    assert autoencoder is not None
+    generator = torch.Generator().manual_seed(0)
+
+    def redraw(pictures: Tensor) -> Tensor:
+        with torch.no_grad():
+            moments = autoencoder.moments(pictures * 2 - 1)
+            noise = torch.randn(moments.chunk(2, dim=1)[0].shape, generator=generator)
+            return (autoencoder.decode(autoencoder.latents(moments, noise)) + 1) / 2
+
+    return redraw
+
+
 def measure(
     world: World, scenes: Sequence[Scene], *, redraw: Redraw, damage: int, seed: int
 ) -> dict[str, float]:
@@ -202,11 +219,16 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=10_000, help="pictures that are right")
     parser.add_argument("--damaged", type=int, default=1_000, help="pictures of each kind of damage")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--model", help="also judge pictures after this model's autoencoder (nano, or a folder)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     world = free_world()
     scenes = sample_scenes(world, options.scenes, seed=options.seed)
     redraws: dict[str, Redraw] = {"as rendered": lambda pictures: pictures, "softened": soften}
+    if options.model:
+        redraws["after the autoencoder"] = autoencoded(options.model)
     start = time.process_time()
     columns = [
         measure(world, scenes, redraw=redraw, damage=options.damaged, seed=options.seed)

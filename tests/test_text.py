@@ -40,14 +40,8 @@ def draws(scores: Tensor, sampling: Sampling, count: int = 300) -> list[int]:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     "sampling",
-    [
-        Sampling(),
-        replace(WARM, top_k=1),
-        replace(WARM, top_p=1e-6),
-        replace(WARM, top_p=0.0),
-        replace(WARM, temperature=1e-3),
-    ],
-    ids=["greedy", "top-k 1", "top-p tiny", "top-p 0", "cold"],
+    [Sampling(), replace(WARM, top_k=1), replace(WARM, top_p=1e-6), replace(WARM, temperature=1e-3)],
+    ids=["greedy", "top-k 1", "top-p tiny", "cold"],
 )
 def test_the_largest_is_chosen(seed: int, sampling: Sampling) -> None:
     scores = logits(seed)
@@ -84,7 +78,7 @@ def test_draws_depend_on_the_generator_alone() -> None:
 
 
 def test_more_than_all_is_all() -> None:
-    assert len(set(draws(logits(size=4), replace(WARM, temperature=9.0, top_k=99, top_p=2.0)))) == 4
+    assert len(set(draws(logits(size=4), replace(WARM, temperature=9.0, top_k=99, top_p=1.0)))) == 4
 
 
 # writing ----------------------------------------------------------------------------------------------------

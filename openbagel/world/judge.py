@@ -75,7 +75,7 @@ class Misfit:
         return ""
 
 
-_WORST = Misfit(noise=0.055, patch=0.3, outline=0.7, blur=0.65)
+_WORST = Misfit(noise=0.055, patch=0.4, outline=0.82, blur=0.66)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from benchmarks.judge import (
     DAMAGES,
     Redraw,
+    autoencoded,
     damaged,
     free_world,
     sample_scenes,
@@ -19,7 +20,7 @@ from benchmarks.judge import (
 from openbagel.world.judge import judge, parse, unmet
 from openbagel.world.language import Phrase, Relation
 from openbagel.world.render import render, render_picture
-from openbagel.world.scene import Colour, Ground, Scene, Shape, Size, Thing, World
+from openbagel.world.scene import Colour, Ground, Scene, Shape, Size, Thing, World, nano_world
 from openbagel.world.tasks import TASKS, Spec, example
 
 WORLD = free_world()
@@ -43,6 +44,12 @@ def test_reads_back_what_was_rendered() -> None:
 def test_accepts_softened_pictures() -> None:
     scenes = sample_scenes(WORLD, 200, seed=2)
     assert share_accepted(WORLD, scenes, lambda some: soften(render(some, WORLD.side))) >= 0.99
+
+
+def test_accepts_what_the_shipped_autoencoder_makes_of_pictures() -> None:
+    scenes = sample_scenes(nano_world(), 500, seed=3)
+    redraw = autoencoded("nano")
+    assert share_accepted(WORLD, scenes, lambda some: redraw(render(some, WORLD.side))) >= 0.99
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
