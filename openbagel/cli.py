@@ -129,8 +129,6 @@ class Generate(ModelOptions, SamplingOptions):
             raise ValueError(f"--num {self.num} must be at least 1")
         if self.prompts is None:
             return [self.prompt or ""]
-        if not self.prompts.is_file():
-            raise ValueError(f"no such file of prompts: {self.prompts}")
         lines = [line.strip() for line in self.prompts.read_text("utf-8").splitlines()]
         if not any(lines):
             raise ValueError(f"{self.prompts} holds no prompt; write one a line")

@@ -62,8 +62,7 @@ def compose(rows: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:
     title, text = ImageFont.load_default(size=22), ImageFont.load_default(size=TEXT)
     columns = max(len(tiles) for _, tiles in rows)
     width = MARGIN + columns * (CELL + MARGIN)
-    caption_lines = 3
-    height = CELL + caption_lines * (TEXT + 5) + 3 * MARGIN + 24
+    height = CELL + 3 * (TEXT + 5) + 3 * MARGIN + 24
     canvas = Image.new("RGB", (width, MARGIN + len(rows) * height), PAPER)
     pen = ImageDraw.Draw(canvas)
     for index, (name, tiles) in enumerate(rows):

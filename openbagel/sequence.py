@@ -99,8 +99,8 @@ class PackedSequence:
                    └─ understanding expert ─────┘    └ generation expert
 
     so an expert's work is one slice. `attention_order` brings stored tokens into sample-by-sample,
-    split-by-split order (None: they already are, as in every inference pass over one sample); hidden splits
-    come last in their sample, so that what a split sees is one run of tokens plus itself.
+    split-by-split order (None: they already are, as when one sample draws or writes); hidden splits come
+    last in their sample, so that what a split sees is one run of tokens plus itself.
     """
 
     num_und: int

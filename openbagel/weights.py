@@ -127,7 +127,7 @@ def load_checkpoint(
     """
     folder = Path(folder)
     files = TensorFiles(weight_files(folder))
-    vae_files = TensorFiles([folder / VAE_FILE] if (folder / VAE_FILE).is_file() else [])
+    vae_files = TensorFiles(list(folder.glob(VAE_FILE)))
     shapes = files.shapes()
     config = read_config(folder, shapes, vae_files.shapes(), settings or {})
     if understanding_only:
@@ -394,7 +394,7 @@ def _shards(state: dict[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Te
 def describe(folder: Path) -> dict[str, Any]:
     """What a folder holds, read from its configuration and tensor headers alone."""
     files = TensorFiles(weight_files(folder))
-    vae_files = TensorFiles([folder / VAE_FILE] if (folder / VAE_FILE).is_file() else [])
+    vae_files = TensorFiles(list(folder.glob(VAE_FILE)))
     shapes, vae_shapes = files.shapes(), vae_files.shapes()
     config = read_config(folder, shapes, vae_shapes, {})
     parts: Counter[str] = Counter()

@@ -50,8 +50,6 @@ class Branches:
             rows = [Row(self.cond, tuple(part), keep=True)]
             if is_text and not alike:
                 rows.append(Row(self.image, tuple(part), keep=True))
-            if not is_text and alike:
-                self.image = self.cond.fork()
             yield Forward(tuple(rows))
             if is_text and alike:
                 self.image = self.cond.fork()

@@ -143,6 +143,8 @@ class Bagel:
         size says.
         """
         parts = [*_pictures(images), instruction]
+        if len(parts) == 1:
+            raise ValueError("nothing to edit: give at least one picture")
         sampling = self._sampling("edit", guidance)
         request = self.draw_request(parts, size=size, seed=seed, think=think, sampling=sampling)
         return self.engine.drive(request, self.listen)
@@ -193,7 +195,7 @@ class Bagel:
         heard: list[Segment] = [
             self._said(p) if isinstance(p, str) else self._vit(limits.resize(open_picture(p))) for p in parts
         ]
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
 
         def request() -> Request[Answer]:
             context = Context(self.config.llm)
@@ -232,7 +234,7 @@ class Bagel:
         }
         last = [(picture.height, picture.width) for picture in shown.values()][-1:]
         height, width = self._checked(size or (last[0] if last else self.config.settings.size))
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         heard: list[list[Segment]] = [
             [self._said(p)] if isinstance(p, str) else self._shown(shown[i], generator, sampling.tiled_vae)
             for i, p in enumerate(parts)
@@ -318,6 +320,12 @@ class Bagel:
                 f"both sides must be multiples of {stride}, from {stride} to {most}"
             )
         return size
+
+
+def seeded(seed: int) -> torch.Generator:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} must lie in [0, 2^63)")
+    return torch.Generator().manual_seed(seed)
 
 
 def find_model(model: str | Path) -> Path:
