@@ -272,11 +272,8 @@ def nano(vocab_size: int) -> BagelConfig:
             vae_limits=limits,
             vit_limits=limits,
             ask=Sampling(max_tokens=64, max_think_tokens=96),
-            draw=Sampling(max_think_tokens=96, guidance=Guidance(text=4.0, image=1.0)),
-            edit=Sampling(
-                max_think_tokens=96,
-                guidance=Guidance(text=4.0, image=1.0, interval=(0.0, 1.0), renorm=Renorm.GLOBAL),
-            ),
+            draw=Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(5.0, interval=(0.0, 1.0))),
+            edit=Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(3.0, interval=(0.0, 1.0))),
         ),
     )
 
