@@ -1,6 +1,6 @@
 """How often the judge of the toy world is right, and how often it refuses a wrong picture.
 
-    python benchmarks/judge.py --scenes 10000 --damaged 1000
+    python -m benchmarks.judge --scenes 10000 --damaged 1000 --model nano
 
 Every picture is judged by the strictest demand: all objects of the scene, each as and where it is, no others.
 """
