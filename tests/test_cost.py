@@ -1,6 +1,5 @@
 """What a forward may cost: operations, bytes, passes, synchronisations; all counted, nothing timed."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -29,15 +28,6 @@ EDIT = Guidance(text=4.0, image=2.0, interval=(0.0, 1.0))
 CONTEXTS = (64, 512, 2048)
 KERNEL_TILE = 512
 """Keys that one block of the CPU attention kernel handles; its buffer grows up to there, and no further."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Kernels take a buffer for each thread; and for matrices this small more threads cost time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -76,13 +76,8 @@ class Teacher:
     def __init__(
         self, config: BagelConfig, codec: TextCodec, *, world: World, mixture: Mixture, latents: LatentCache
     ) -> None:
-        self.config, self.codec, self.world, self.mixture, self.latents = (
-            config,
-            codec,
-            world,
-            mixture,
-            latents,
-        )
+        self.config, self.codec, self.world = config, codec, world
+        self.mixture, self.latents = mixture, latents
 
     def samples(self, pack: int, count: int) -> list[list[Segment]]:
         """`count` samples, none of which shows or names a held-out pair."""
