@@ -312,9 +312,10 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
+    if kind is Any:
+        return value
     if origin in (types.UnionType, typing.Union):
-        options = [option for option in typing.get_args(kind) if option is not type(None)]
-        return None if value is None else _convert(options[0], value, where)
+        return _convert_optional(typing.get_args(kind), value, where)
     if dataclasses.is_dataclass(kind):
         return from_json(typing.cast(type, kind), value, where)
     if origin is tuple and isinstance(value, list):
@@ -327,6 +328,19 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, dict):
         item_kind = typing.get_args(kind)[1]
         return {str(key): _convert(item_kind, item, f"{where}.{key}") for key, item in value.items()}
+    return _convert_leaf(kind, value, where)
+
+
+def _convert_optional(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Of several kinds that of the value, else the first."""
+    if value is None and type(None) in kinds:
+        return None
+    options = [kind for kind in kinds if kind is not type(None)]
+    fitting = [option for option in options if (typing.get_origin(option) or option) is type(value)]
+    return _convert([*fitting, *options][0], value, where)
+
+
+def _convert_leaf(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         choices = [member.value for member in kind]
         if value not in choices:
@@ -334,11 +348,19 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
                 f"{where}: {value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}"
             )
         return kind(value)
-    if kind is float and type(value) is int:
+    if kind is float and (type(value) is int or _is_number(value)):
         return float(value)
     if not (isinstance(kind, type) and type(value) is kind):
         raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether YAML took a number such as 1e-4, which it wants as 1.0e-4, for a text."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def nearest(word: str, choices: typing.Iterable[str]) -> str:

@@ -5,8 +5,11 @@ Shapes: H, W pixels; h, w patches; C channels of a pixel; p pixels of a patch si
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -53,7 +56,11 @@ class ImageLimits:
         return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def open_picture(source: str | Path | Image.Image) -> Image.Image:
+PictureSource = str | Path | BinaryIO | Image.Image
+"""A file's path, an open file of encoded bytes, or a picture."""
+
+
+def open_picture(source: PictureSource) -> Image.Image:
     """An RGB picture, its transparency laid on white.
 
     Raises ValueError naming the file and the remedy when it is missing, no picture, truncated, or too large
@@ -61,23 +68,38 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _rgb(source)
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"no such picture: {path}; give the path of a PNG, JPEG or WebP file")
+    with _header(source) as picture:
+        return _rgb(picture)
+
+
+def picture_size(source: PictureSource) -> tuple[int, int]:
+    """(width, height) from the header alone; raises as `open_picture` does."""
+    if isinstance(source, Image.Image):
+        return source.size
+    with _header(source) as picture:
+        return picture.size
+
+
+@contextmanager
+def _header(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """A picture with its header read and judged; what fails inside is told as the picture's fault."""
+    name = source if isinstance(source, str | Path) else "the picture"
+    if isinstance(source, str | Path) and not Path(source).is_file():
+        raise ValueError(f"no such picture: {name}; give the path of a PNG, JPEG or WebP file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(source, formats=FORMATS) as picture:
                 width, height = picture.size
                 if width * height > MAX_PICTURE_PIXELS:
                     raise Image.DecompressionBombError(f"{width}x{height}, more than {MAX_PICTURE_PIXELS:,}")
-                return _rgb(picture)
+                yield picture
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} unpacks to too many pixels ({error}); make it smaller first") from None
+        raise ValueError(f"{name} unpacks to too many pixels ({error}); make it smaller first") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture in one of the formats {', '.join(FORMATS)}") from None
+        raise ValueError(f"{name} is not a picture in one of the formats {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}); get a complete copy of it") from None
+        raise ValueError(f"{name} is damaged or truncated ({error}); get a complete copy of it") from None
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

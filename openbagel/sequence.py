@@ -166,11 +166,18 @@ class PackedSequence:
 
 
 class Packer:
-    """Builds packs for one model; holds nothing that changes."""
+    """Builds packs for one model; holds nothing that changes.
 
-    def __init__(self, config: BagelConfig, codec: TextCodec) -> None:
+    marker_loss also teaches when to write and when to draw: the last marker of what came before predicts the
+    first marker of each learned segment, and that of the last segment predicts the end of the text.
+    """
+
+    def __init__(self, config: BagelConfig, codec: TextCodec, *, marker_loss: bool = False) -> None:
+        if marker_loss and codec.end_of_text is None:
+            raise ValueError("marker loss needs <|endoftext|> in the vocabulary; add it to the tokenizer")
         self.config = config
         self.codec = codec
+        self.marker_loss = marker_loss
 
     def pack(
         self, samples: Sequence[Sequence[Segment]], starts: Sequence[int] | None = None
@@ -181,6 +188,8 @@ class Packer:
         draft = _Draft(self.config, self.codec)
         for index, segments in enumerate(samples):
             draft.add_sample(segments, starts[index] if starts else 0)
+            if self.marker_loss:
+                draft.learn_markers(segments)
         return draft.finish()
 
 
@@ -216,6 +225,24 @@ class _Draft:
                 case VaeImage():
                     position = self._add_vae_image(segment, position)
         self.next_positions.append(position)
+
+    def learn_markers(self, segments: Sequence[Segment]) -> None:
+        """Labels at the ends of the last sample's visible splits: what the model begins next."""
+        end_of_text = self.codec.end_of_text
+        assert end_of_text is not None
+        present = [segment for segment in segments if not _is_empty(segment)]
+        before: int | None = None  # the last marker of what came before, while it predicts nothing yet
+        learned = False
+        for segment, split in zip(present, self.splits[self.first_split[-1] :], strict=True):
+            first, length, _, hidden = split
+            learned = _is_learned(segment)
+            if learned and before is not None:
+                self.labels.append((before, self.ids[first], 1.0))
+                before = None
+            if not hidden:
+                before = first + length - 1
+        if learned and before is not None:
+            self.labels.append((before, end_of_text, 1.0))
 
     def _add_text(self, text: Text, position: int) -> int:
         ids = list(text.ids) if text.bare else [self.codec.start, *text.ids, self.codec.end]
@@ -256,8 +283,7 @@ class _Draft:
             position += frame.position_step
         if ids:
             self._add_split(ids, positions, causal=False, hidden=image.hidden)
-        learned = any(frame.target is not None for frame in image.frames)
-        return position if image.hidden or learned else position + 1
+        return position if image.hidden or _is_learned(image) else position + 1
 
     def _framed(self, placeholder: int, grid: tuple[int, int]) -> list[int]:
         return [self.codec.vision_start, *[placeholder] * (grid[0] * grid[1]), self.codec.vision_end]
@@ -337,6 +363,27 @@ class _Draft:
         )
         identity = bool((order == torch.arange(len(order))).all())
         return (None if identity else order), spans
+
+
+def _is_empty(segment: Segment) -> bool:
+    """Whether it makes no split: a dropped condition, or a bare text without ids."""
+    match segment:
+        case Text():
+            return segment.bare and not segment.ids
+        case VitImage():
+            return segment.pixels is None
+        case VaeImage():
+            return not segment.frames
+
+
+def _is_learned(segment: Segment) -> bool:
+    match segment:
+        case Text():
+            return segment.loss
+        case VitImage():
+            return False
+        case VaeImage():
+            return any(frame.target is not None for frame in segment.frames)
 
 
 def _joined(ids: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -90,6 +91,15 @@ class TextCodec:
 
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled tokenizer forgets that special tokens are encoded as plain text; `of` says it again."""
+        return TextCodec.of, (self.tokenizer,)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id of `<|endoftext|>`, which ends a conversation; None if the vocabulary has none."""
+        return self.tokenizer.token_to_id(END_OF_TEXT)
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size(with_added_tokens=True)

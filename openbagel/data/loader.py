@@ -1,0 +1,265 @@
+"""Packs in their order, decoded by workers, each with the place to go on from.
+
+    planned here, one stream after the other          decoded in workers       taken in order
+    pack r, r + R, r + 2R … of rank r of R ranks  ──>  [SampleId] -> Sample ──>  (Batch, cursor)
+
+Workers hold no state: they plan a row again with the same random numbers and decode it. So neither the order
+nor a sample depends on their number, and the cursor knows nothing of what is decoded ahead.
+"""
+
+import itertools
+import json
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from openbagel.config import BagelConfig, to_json
+from openbagel.data.packing import Packing, Skipped, SkipReason, Stream, Supply, pair_cost
+from openbagel.data.samples import Dataset, Part, Sample, SampleId, decode, extent
+
+Cursor = dict[str, Any]
+"""JSON values: what a loader goes on from."""
+
+BAD_FROM_THE_START = 20
+"""So many rows and all of them bad: an error."""
+LEAST_ROWS = 1000
+"""The allowed share of bad rows is counted on at least so many rows."""
+MOST_LONG = 1000
+"""So many rows of a dataset, one after the other too long: an error."""
+
+_Planned = tuple[int, str, dict[str, Any], list[Skipped]]
+"""Of a pack: its number, its stream, the stream's state after it, the rows skipped on the way to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderOptions:
+    """Whose packs are loaded, and how; none of it changes what is in a pack."""
+
+    rank: int = 0
+    ranks: int = 1
+    num_workers: int = 0
+    prefetch_factor: int = 2
+    timeout: float = 0.0
+    """Seconds until a worker that sends nothing is an error; 0 waits for ever."""
+    max_bad: float = 0.01
+    """The share of rows that may be bad."""
+    quarantine: Path | None = None
+    """A JSONL file to which skipped rows are appended, one for each rank."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.ranks:
+            raise ValueError(f"rank {self.rank} must lie in [0, {self.ranks}), the number of ranks")
+        for name, least in {"num_workers": 0, "prefetch_factor": 1, "timeout": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+        if not 0 <= self.max_bad <= 0.5:
+            raise ValueError(f"max_bad {self.max_bad} is a share in [0, 0.5]; mend the data above that")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One pack; number counts the packs of all ranks, skipped is what was left out on the way to it."""
+
+    samples: list[Sample]
+    skipped: list[Skipped]
+    number: int
+
+
+class BadRows:
+    """Counts the rows that are left out since the start of this process; too many are an error.
+
+    Rows that are too long are no fault of the data: they are counted, and bounded only one after the other.
+    """
+
+    def __init__(self, max_bad: float, quarantine: Path | None) -> None:
+        self.max_bad, self.quarantine = max_bad, quarantine
+        self.seen = self.bad = 0
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+        """By dataset, reason, and shard: what `where` says before its first comma."""
+        self._examples: dict[tuple[str, str, str], str] = {}
+        self._long: Counter[str] = Counter()
+
+    def planned(self, id: SampleId, skipped: Skipped | None) -> None:
+        """Hears of every row that is planned; ValueError when too many are skipped."""
+        self.seen += 1
+        too_long = skipped and skipped.reason is SkipReason.LONG
+        self._long[id.dataset] = self._long[id.dataset] + 1 if too_long else 0
+        if skipped:
+            self.count(skipped)
+        if self._long[id.dataset] >= MOST_LONG:
+            raise ValueError(f"too many long rows; raise max_num_tokens_per_sample\n{self.table()}")
+
+    def count(self, skipped: Skipped) -> None:
+        """A row that is left out; ValueError when they are too many."""
+        key = (skipped.id.dataset, skipped.reason.value, skipped.where.split(",")[0])
+        self.counts[key] += 1
+        self._examples.setdefault(key, f"{skipped.where}: {skipped.what}")
+        self.bad += skipped.reason is not SkipReason.LONG
+        most = self.max_bad * max(self.seen, LEAST_ROWS)
+        if self.bad > most or self.bad == self.seen >= BAD_FROM_THE_START:
+            raise ValueError(
+                f"{self.bad} of {self.seen} rows are bad, max_bad is {self.max_bad:g}; mend or remove them "
+                f"(openbagel data doctor), or raise max_bad\n{self.table()}"
+            )
+
+    def table(self, most: int = 10) -> str:
+        """What was left out most: counts, reasons and shards, each with an example."""
+        return "\n".join(
+            f"{count:6d}  {dataset}: {reason}, in {shard}; such as {self._examples[dataset, reason, shard]}"
+            for (dataset, reason, shard), count in self.counts.most_common(most)
+        )
+
+    def write(self, skipped: Sequence[Skipped]) -> None:
+        """Appends to the quarantine file, if there is one."""
+        if self.quarantine and skipped:
+            with self.quarantine.open("a") as file:
+                file.writelines(json.dumps(to_json(row)) + "\n" for row in skipped)
+
+
+class _Decoder(TorchDataset[list[Sample | Skipped]]):
+    """Turns the ids of a pack into samples; runs in workers and changes nothing."""
+
+    def __init__(self, datasets: Sequence[Dataset], seed: int) -> None:
+        self.datasets = {dataset.name: dataset for dataset in datasets}
+        self.seed = seed
+
+    def __getitem__(self, ids: Sequence[SampleId]) -> list[Sample | Skipped]:
+        return [self._sample(id) for id in ids]
+
+    def _sample(self, id: SampleId) -> Sample | Skipped:
+        try:
+            return Sample(id, decode(self.parts(id)))
+        except ValueError as error:
+            where = self.datasets[id.dataset].where(id.row)
+            return Skipped(id, SkipReason.DAMAGED, where, str(error))
+
+    def parts(self, id: SampleId) -> list[Part]:
+        return self.datasets[id.dataset].parts(id.row, id.random(self.seed, "parts"))
+
+
+class Loader:
+    """Yields (Batch, cursor) without end: the packs of one rank.
+
+    The cursor holds the state after its batch, whatever is decoded ahead; iterating anew goes on after the
+    batch that was yielded last. ValueError when the streams cannot be shared by the ranks, a dataset has no
+    rows, or too many rows are bad.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        packing: Packing,
+        config: BagelConfig,
+        *,
+        seed: int,
+        options: LoaderOptions | None = None,
+    ) -> None:
+        self.options = options or LoaderOptions()
+        self.packing = packing
+        ranks, streams = self.options.ranks, packing.streams
+        if streams % ranks:
+            enough = streams + -streams % ranks
+            raise ValueError(f"{streams} streams cannot be shared by {ranks} ranks; set streams to {enough}")
+        decoder = self._decoder = _Decoder(datasets, seed)
+        self.bad_rows = BadRows(self.options.max_bad, self.options.quarantine)
+        measure, cost = (lambda id: extent(decoder.parts(id), config)), pair_cost(config)
+        self._supply = Supply(datasets, packing, seed=seed, measure=measure, pair_cost=cost)
+        self._supply.watch = self.bad_rows.planned
+        rows = {name: order.rows for name, order in self._supply.orders.items()}
+        self._facts = {"seed": seed, "streams": streams, "rows": rows}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._step = 0
+        self._states: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
+        skipped: list[Skipped] = []
+        while True:  # once, and once more after each pack that lost all its samples
+            planned: deque[_Planned] = deque()
+            errors: list[ValueError] = []
+            for found in self._decoded(self._plans(planned, errors)):
+                number, stream, state, left_out = planned.popleft()
+                self._states = self._states | {stream: state}
+                damaged = [item for item in found if isinstance(item, Skipped)]
+                samples = [item for item in found if isinstance(item, Sample)]
+                self.bad_rows.write([*left_out, *damaged])
+                for item in damaged:
+                    self.bad_rows.count(item)
+                skipped += [*left_out, *damaged]
+                if not samples:
+                    break  # its stream's next pack takes its place: all after it is planned anew
+                self._step += 1
+                yield Batch(samples, skipped, number), self.state_dict()
+                skipped = []
+            else:
+                raise errors[0]
+
+    def _decoded(self, plans: Iterator[list[SampleId]]) -> DataLoader:
+        options, parallel = self.options, self.options.num_workers > 0
+        return DataLoader(
+            self._decoder,
+            batch_size=None,
+            sampler=plans,
+            num_workers=options.num_workers,
+            prefetch_factor=options.prefetch_factor if parallel else None,
+            timeout=options.timeout if parallel else 0,
+            collate_fn=list,
+            generator=self._generator,
+        )
+
+    def _plans(self, planned: deque[_Planned], errors: list[ValueError]) -> Iterator[list[SampleId]]:
+        """The ids of pack after pack; what shall be known when its samples are back goes to `planned`.
+
+        An error ends them, to be raised after the packs before it, with any number of workers.
+        """
+        streams: dict[str, Stream] = {}
+        for step in itertools.count(self._step):
+            number = step * self.options.ranks + self.options.rank
+            name = str(number % self._facts["streams"])
+            if name not in streams:
+                streams[name] = Stream(self._supply, int(name), self._states.get(name))
+            try:
+                pack, skipped = streams[name].next_pack()
+            except ValueError as error:
+                errors.append(error)
+                return
+            planned.append((number, name, streams[name].state_dict(), skipped))
+            yield [candidate.id for candidate in pack]
+
+    def state_dict(self) -> Cursor:
+        """The cursor after the batch that was yielded last."""
+        return {"facts": self._facts, "step": self._step, "ranks": self.options.ranks, "states": self._states}
+
+    def load_state_dict(self, cursor: Cursor) -> None:
+        """Goes on from a cursor of this rank, or from those of all ranks merged, whatever their number.
+
+        ValueError when seed, streams or datasets are others, when the packs consumed are no whole number of
+        steps for the ranks there are now, or when streams are missing.
+        """
+        for name, value in self._facts.items():
+            if (was := cursor["facts"][name]) != value:
+                raise ValueError(f"{name} was {was} for the cursor, is {value}; restore it or start anew")
+        then, ranks = cursor["ranks"], self.options.ranks
+        consumed = cursor["step"] * then
+        if consumed % ranks:
+            raise ValueError(f"{consumed} packs were consumed, no whole step of {ranks} ranks; use {then}")
+        started = range(min(consumed, self._facts["streams"]))
+        mine = {str(index) for index in started if index % ranks == self.options.rank}
+        if missing := mine - cursor["states"].keys():
+            raise ValueError(f"the cursor lacks streams {sorted(missing)}; merge those of all ranks first")
+        self._step = consumed // ranks
+        self._states = {name: cursor["states"][name] for name in mine}
+
+
+def merge_cursors(cursors: Sequence[Cursor]) -> Cursor:
+    """The cursors of all ranks after the same step as one, which serves any rank of any number."""
+    steps = [cursor["step"] for cursor in cursors]
+    if not cursors or len(cursors) != cursors[0]["ranks"] or len(set(steps)) > 1:
+        raise ValueError(f"cursors after steps {steps} are not one of each rank after the same step")
+    states = {name: state for cursor in cursors for name, state in cursor["states"].items()}
+    return {**cursors[0], "states": states}
