@@ -100,7 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
     index = folder / INDEX_FILE
     if index.is_file():
-        shards = sorted(set(_read_json(index)["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ValueError(
@@ -119,14 +119,16 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     understanding_only: bool = False,
     settings: Mapping[str, Any] | None = None,
+    weights: Path | None = None,
 ) -> Checkpoint:
     """Loads a folder. dtype None keeps the stored one; settings override top-level entries of config.json.
 
     Raises ValueError listing every missing, unexpected or misshapen tensor. understanding_only leaves the
-    generation expert and the autoencoder on disk.
+    generation expert and the autoencoder on disk, device "meta" every tensor of the transformer. weights is
+    the file or folder that holds the transformer, if not the same folder in the usual order.
     """
     folder = Path(folder)
-    files = TensorFiles(weight_files(folder))
+    files = TensorFiles([weights] if weights and weights.is_file() else weight_files(weights or folder))
     vae_files = TensorFiles(list(folder.glob(VAE_FILE)))
     shapes = files.shapes()
     config = read_config(folder, shapes, vae_files.shapes(), settings or {})
@@ -138,20 +140,20 @@ def load_checkpoint(
     with torch.device("meta"):
         model = BagelModel(config)
         autoencoder = AutoEncoder(config.vae) if config.vae and vae_files.handles else None
-    _fill(model, files, shapes, dtype=dtype, device=device, where=str(folder))
+    fill(model, files, shapes, dtype=dtype, device=device, where=str(folder))
     if autoencoder is not None:
-        _fill(
+        fill(
             autoencoder,
             vae_files,
             vae_files.shapes(),
             dtype=dtype,
-            device=device,
+            device="cpu" if str(device) == "meta" else device,
             where=str(folder / VAE_FILE),
         )
     return Checkpoint(config, model.eval(), autoencoder and autoencoder.eval(), TextCodec.load(folder))
 
 
-def _fill(
+def fill(
     module: nn.Module,
     files: TensorFiles,
     shapes: dict[str, tuple[int, ...]],
@@ -162,6 +164,8 @@ def _fill(
 ) -> None:
     """Gives a module on the meta device its tensors, one by one."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    computed = {name for name in MAY_BE_MISSING if name in wanted and shapes.get(name) != wanted[name]}
+    shapes = {name: shape for name, shape in shapes.items() if name not in computed}  # of another grid
     missing = [name for name in wanted if name not in shapes and name not in MAY_BE_MISSING]
     unexpected = [name for name in shapes if name not in wanted and not name.endswith(MAY_BE_LEFT_OVER)]
     misshapen = [
@@ -204,7 +208,7 @@ def read_config(
     """Every per-model fact: config.json (overridden by settings), the two part files, tensor shapes, the 7B's
     values.
     """
-    stored = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    stored = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     for key in settings:
         if key not in (*TOP_LEVEL, "openbagel"):
             raise ValueError(f"settings: unknown key {key!r}{nearest(key, TOP_LEVEL)}")
@@ -212,11 +216,13 @@ def read_config(
     known = {**_facts_of_shapes(shapes), **{key: stored[key] for key in TOP_LEVEL if key in stored}}
     own = stored.get("openbagel")
     tree = {
-        "llm": _llm_fields(_part(folder, stored, "llm_config"), shapes),
+        "llm": llm_fields_of(_part(folder, stored, "llm_config"), shapes),
         "vit": _vit_fields(_part(folder, stored, "vit_config"), shapes)
         if "connector.fc1.weight" in shapes
         else None,
-        "vae": _vae_fields(stored.get("vae_config", {}), vae_shapes) if "vae2llm.weight" in shapes else None,
+        "vae": vae_fields_of(stored.get("vae_config", {}), vae_shapes)
+        if "vae2llm.weight" in shapes
+        else None,
         "settings": own if own is not None else to_json(official_settings()),
         **known,
     }
@@ -251,10 +257,10 @@ def _part(folder: Path, stored: dict[str, Any], name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     if not path.is_file():
         raise ValueError(f"{folder} has neither {path.name} nor {name!r} in its config.json")
-    return _read_json(path)
+    return read_json(path)
 
 
-def _llm_fields(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def llm_fields_of(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     for key, value in FIXED_LLM_FIELDS.items():
         if fields.get(key, value) != value:
             raise ValueError(f"llm_config: {key}={fields[key]!r} is not supported, only {value!r}")
@@ -279,7 +285,7 @@ def _vit_fields(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> d
     return {name: fields[name] for name in names} | {"num_hidden_layers": len(layers) + 1}
 
 
-def _vae_fields(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def vae_fields_of(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(VAEConfig)}
     known = {key: value for key, value in fields.items() if key in names}
     if not shapes:
@@ -300,7 +306,7 @@ def _vae_fields(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> d
     return to_json(FLUX_VAE) | seen | known
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -343,8 +349,10 @@ def save_checkpoint(
     shard_bytes: int | None = None,
 ) -> None:
     """Writes the official folder; dtype None keeps each tensor's. shard_bytes splits the transformer into
-    shards.
+    shards. ValueError when an adapter is bound: its tensors have no place there.
     """
+    if any(".lora." in name for name, _ in checkpoint.model.named_parameters()):
+        raise ValueError("an adapter is bound to the model; merge or remove it first (openbagel.lora)")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = config_json(checkpoint.config)

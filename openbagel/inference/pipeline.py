@@ -18,6 +18,7 @@ from openbagel.inference.context import Context
 from openbagel.inference.engine import Engine, Forward, Request, Row
 from openbagel.inference.image import Branches, denoise, draw_noise
 from openbagel.inference.text import split_thought, write
+from openbagel.lora import load_adapter
 from openbagel.sequence import Packer, Segment, Text, VaeImage, VitImage
 from openbagel.tokens import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING
 from openbagel.weights import Checkpoint, load_checkpoint
@@ -68,25 +69,28 @@ class Bagel:
         dtype: torch.dtype | None = None,
         understanding_only: bool = False,
         settings: dict[str, Any] | None = None,
+        lora: str | Path | None = None,
     ) -> "Bagel":
         """Loads "nano" (ships with the package), a folder, or a Hugging Face model id.
 
         device None: CUDA if there is one, else the CPU. dtype None: bfloat16 on CUDA cards that have it, else
-        float32. understanding_only leaves the generation expert and the autoencoder on disk.
+        float32. understanding_only leaves the generation expert and the autoencoder on disk. lora is an
+        adapter to bind, a folder or a Hugging Face id; `openbagel.lora.merge(bagel.model)` then merges it.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             fast = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if fast else torch.float32
-        return cls(
-            load_checkpoint(
-                find_model(model),
-                dtype=dtype,
-                device=chosen,
-                understanding_only=understanding_only,
-                settings=settings,
-            )
+        checkpoint = load_checkpoint(
+            find_model(model),
+            dtype=dtype,
+            device=chosen,
+            understanding_only=understanding_only,
+            settings=settings,
         )
+        if lora is not None:
+            load_adapter(checkpoint.model, find_model(lora))
+        return cls(checkpoint)
 
     def using(self, sampling: Sampling | None = None, *, listen: Listener | None = None) -> "Bagel":
         """The same model with other options for every verb, or with a listener that receives every event.
