@@ -1,88 +1,390 @@
-"""A recipe file to a trained model: autoencoder, vocabulary, transformer, checkpoint folder."""
+"""A recipe to a trained model: weights, data, loop, export. The same steps for one process and for many."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from openbagel.config import from_json, nano, to_json
+from openbagel import lora
+from openbagel.config import BagelConfig, nano, nearest, to_json
+from openbagel.data.loader import Loader, LoaderOptions
+from openbagel.data.mixture import Group, read_mixture
+from openbagel.data.samples import Dataset, Sample
+from openbagel.images import ImageLimits
+from openbagel.inference.pipeline import find_model
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
+from openbagel.pretrained import join
 from openbagel.sequence import Packer
 from openbagel.tokens import TextCodec
 from openbagel.train.autoencoder import AutoencoderTrainer
-from openbagel.train.trainer import Trainer, TrainRecipe
-from openbagel.weights import Checkpoint, load_checkpoint, save_checkpoint
-from openbagel.world.samples import LatentCache, Mixture, Teacher, world_codec
+from openbagel.train.checkpoint import MANIFEST, Checkpoints, Stored
+from openbagel.train.guards import Start, banner, overfit_verdict
+from openbagel.train.latents import LatentCache, LatentEncoder
+from openbagel.train.metrics import say
+from openbagel.train.parallel import Ranks, materialise, memory_estimate, shard, stored_weights
+from openbagel.train.previews import Previews
+from openbagel.train.recipe import Data, Origin, Recipe, read_recipe
+from openbagel.train.trainer import Place, Trainer
+from openbagel.weights import Checkpoint, TensorFiles, load_checkpoint, save_checkpoint, weight_files
+from openbagel.world.samples import WorldDataset, world_codec
 from openbagel.world.scene import nano_world
 
 VOCABULARY = 512
+"""Tokens of the vocabulary that a run from nothing makes."""
+KINDS = {
+    "text": "text",
+    "t2i_pretrain": "t2i",
+    "vlm_sft": "i2t",
+    "interleaved_und": "interleaved_und",
+    "video_interleaved": "video",
+    "web_interleaved": "web",
+    "unified_edit": "web",
+    "reasoning": "web",
+}
+"""The kind in the paper's table that a task counts as; editing sets are part of its web data."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """A whole run. `start` is a checkpoint folder whose bare weights to begin from (None: from nothing)."""
-
-    folder: str
-    mixture: Mixture
-    autoencoder: TrainRecipe
-    model: TrainRecipe
-    start: str | None = None
-
-
-def read_recipe(path: str | Path, overrides: list[str]) -> Recipe:
-    """A YAML file with `section.key=value` overrides; ValueError names unknown keys and the nearest one."""
+def train(recipe: Recipe, report: Callable[[str], None] = say) -> Path:
+    """Runs what the folder still lacks and returns what it wrote: a checkpoint folder in the official layout
+    with the averaged weights, or an adapter's folder.
+    """
+    ranks = Ranks()
     try:
-        tree = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the recipe {path} ({error})") from None
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"{override!r} is no override; write key=value, for example model.steps=200")
-        *sections, leaf = key.split(".")
-        branch: dict[str, Any] = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[leaf] = yaml.safe_load(value)
-    return from_json(Recipe, tree, str(path))
+        return _train(recipe, ranks, report if ranks.is_first else _silent)
+    finally:
+        ranks.close()
 
 
-def train(recipe: Recipe, report: Callable[[str], None]) -> Path:
-    """Runs what the folder still lacks and returns the checkpoint folder with the averaged weights."""
+def _silent(line: str) -> None:
+    assert line
+
+
+def _train(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Path:
     folder = Path(recipe.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2) + "\n", "utf-8")
-    begin = _begin_from(recipe, folder, report)
-    assert begin.autoencoder is not None
-    latents = LatentCache(begin.autoencoder, folder / "latents", recipe.mixture.examples_per_kind)
-    teacher = Teacher(begin.config, begin.codec, world=nano_world(), mixture=recipe.mixture, latents=latents)
-    trainer = Trainer(begin.model, Packer(begin.config, begin.codec), teacher, recipe.model)
-    trainer.run(folder, report)
-    begin.model.load_state_dict(trainer.ema.state_dict(), strict=False)
-    save_checkpoint(folder / "checkpoint", begin, dtype=torch.bfloat16)
-    return folder / "checkpoint"
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2) + "\n", "utf-8")
+    begin = _begin(recipe, ranks, report)
+    model = _prepared(begin, recipe, ranks)
+    report(_told(begin, recipe))
+    report(_memory(model, recipe, ranks))
+    trainer = _trainer(begin, recipe, ranks, report)
+    if recipe.overfit:
+        _overfit(trainer, recipe.overfit, report)
+        return folder
+    trainer.run()
+    with trainer.averaged():
+        return _export(begin, recipe, ranks)
 
 
-def _begin_from(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> Checkpoint:
-    """The untrained checkpoint: bare weights of another run, or random ones beside a trained autoencoder."""
-    if recipe.start is not None:
-        return load_checkpoint(recipe.start, dtype=torch.float32)
+@dataclass(frozen=True, slots=True, eq=False)
+class Beginning:
+    """A checkpoint before its training, and how to name it.
+
+    Of several ranks none holds the whole model: it is on the meta device, and `read` gives tensors by name.
+    """
+
+    checkpoint: Checkpoint
+    start: Start
+    source: str
+    read: Callable[[str], Tensor]
+
+
+def _begin(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Beginning:
+    origin, device = recipe.start, "meta" if ranks.size > 1 else "cpu"
+    if origin.checkpoint is not None:
+        return _stored(origin, recipe, device)
+    if origin.parts is not None:
+        joined = join(origin.parts)
+        checkpoint = joined.load(device=device)
+        return Beginning(checkpoint, Start.PARTS, origin.parts.llm, joined.tensors.__getitem__)
+    checkpoint = _nano(recipe, ranks, report)
+    return Beginning(checkpoint, Start.NOTHING, "nothing", checkpoint.model.state_dict().__getitem__)
+
+
+def _stored(origin: Origin, recipe: Recipe, device: str) -> Beginning:
+    assert origin.checkpoint is not None
+    folder = find_model(origin.checkpoint)
+    if origin.state and not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} holds no optimiser state; add --resume_model_only True to begin from its weights"
+        )
+    facts = find_model(origin.facts) if origin.facts else folder
+    weights = folder / f"{origin.weights}.safetensors" if origin.weights else folder
+    if origin.weights and not weights.is_file():
+        weights = folder  # shards, or the only file there is
+    checkpoint = load_checkpoint(
+        facts,
+        dtype=torch.float32,
+        device=device,
+        understanding_only=not recipe.train.visual_gen,
+        settings=origin.settings,
+        weights=weights,
+    )
+    files = TensorFiles([weights] if weights.is_file() else weight_files(weights))
+    return Beginning(
+        checkpoint, Start.CHECKPOINT, origin.checkpoint, stored_weights(files, checkpoint.config)
+    )
+
+
+def _nano(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Checkpoint:
+    """A nano of random weights with an autoencoder that this run trains first, and the world's vocabulary."""
+    folder = Path(recipe.folder)
+    if recipe.autoencoder is None:
+        raise ValueError(
+            "give start.checkpoint or start.parts, or an autoencoder to train a nano from nothing"
+        )
+    if ranks.size > 1:
+        raise ValueError(
+            f"a nano's autoencoder is trained by one process, not {ranks.size}; run the recipe alone first"
+        )
     config = nano(VOCABULARY)
     assert config.vae is not None
-    trainer = AutoencoderTrainer(config.vae, nano_world(), recipe.autoencoder)
-    trainer.run(folder / "autoencoder", report)
+    place = Place(
+        folder=folder / "autoencoder",
+        checkpoints=folder / "autoencoder" / "checkpoints",
+        ranks=ranks,
+        guard=recipe.guard,
+        track=recipe.track,
+        report=report,
+    )
+    trainer = AutoencoderTrainer(config.vae, nano_world(), recipe.autoencoder, place)
+    trainer.run()
+    if trainer.step < trainer.training.steps:
+        raise ValueError(
+            f"the autoencoder stopped at step {trainer.step} of {trainer.training.steps}; run again to go on"
+        )
     scale, shift = trainer.latent_statistics()
     vae = replace(config.vae, scale=scale, shift=shift)
     autoencoder = AutoEncoder(vae)
-    autoencoder.load_state_dict(trainer.model.state_dict())
-    config = replace(config, vae=vae)
-    model = BagelModel(config)
-    model.initialise(torch.Generator().manual_seed(recipe.model.seed))
+    with trainer.averaged():
+        autoencoder.load_state_dict(trainer.model.state_dict())
+    model = BagelModel(replace(config, vae=vae))
+    model.initialise(torch.Generator().manual_seed(recipe.train.seed))
     if not (folder / "tokenizer.json").is_file():
         world_codec(nano_world(), VOCABULARY).save(folder)
-    return Checkpoint(config, model, autoencoder.eval(), TextCodec.load(folder))
+    return Checkpoint(model.config, model, autoencoder.eval(), TextCodec.load(folder))
+
+
+def _mark(model: BagelModel, recipe: Recipe) -> dict[str, Tensor]:
+    """Freezes what does not learn and binds adapters; returns their first values by name."""
+    training = recipe.train
+    frozen = {"language_model": training.freeze.llm, "vit_model": training.freeze.vit}
+    if not training.visual_und:
+        frozen |= {"vit_model": True, "connector": True}
+    for name, freeze in frozen.items():
+        if freeze and hasattr(model, name):
+            getattr(model, name).requires_grad_(False)
+    if recipe.lora is None:
+        return {}
+    if training.freeze.und and recipe.lora.preset is not lora.Preset.GEN:
+        raise ValueError(
+            f"train.freeze.und leaves adapters of preset {recipe.lora.preset} without gradients; use gen"
+        )
+    if recipe.quantise_base:
+        lora.quantise_base(model)
+    lora.bind(model, recipe.lora, generator=torch.Generator().manual_seed(training.seed))
+    return lora.initial(model, torch.Generator().manual_seed(training.seed))
+
+
+def _prepared(begin: Beginning, recipe: Recipe, ranks: Ranks) -> BagelModel:
+    """The model with what learns marked, adapters bound, and its parameters where they are trained."""
+    model = begin.checkpoint.model
+    adapters = _mark(model, recipe)
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    shard(model.train(), recipe.parallel, ranks)
+    if on_meta:
+        read = begin.read
+        materialise(model, lambda name: adapters[name] if name in adapters else read(name), ranks.device)
+    return model
+
+
+def _told(begin: Beginning, recipe: Recipe) -> str:
+    rank = recipe.lora.rank if recipe.lora else None
+    return banner(begin.checkpoint.model, start=begin.start, source=begin.source, rank=rank)
+
+
+def _memory(model: BagelModel, recipe: Recipe, ranks: Ranks) -> str:
+    tokens = recipe.data.packing.max_num_tokens
+    kinds = memory_estimate(
+        model, recipe.parallel, num_ranks=ranks.size, tokens=tokens, eight_bit=recipe.train.eight_bit
+    )
+    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in kinds.items() if size)
+    return f"memory of each rank, estimated: {sum(kinds.values()) / 2**30:.2f} GiB ({listed})"
+
+
+def _trainer(begin: Beginning, recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Trainer:
+    folder, checkpoint, training, data = Path(recipe.folder), begin.checkpoint, recipe.train, recipe.data
+    autoencoder = checkpoint.autoencoder and checkpoint.autoencoder.to(ranks.device)
+    cache = LatentCache.of(data.latent_cache, autoencoder) if data.latent_cache and autoencoder else None
+    place = Place(
+        folder=folder,
+        checkpoints=Path(recipe.checkpoints or folder / "checkpoints"),
+        ranks=ranks,
+        guard=recipe.guard,
+        track=recipe.track,
+        start=begin.start,
+        report=report,
+    )
+    trainer = Trainer(
+        checkpoint.model,
+        training,
+        place,
+        loader=loader(datasets(data, checkpoint), recipe, checkpoint.config, ranks=ranks),
+        encoder=LatentEncoder(autoencoder, checkpoint.config, training.seed, training.timestep_shift, cache),
+        packer=Packer(checkpoint.config, checkpoint.codec, marker_loss=training.marker_loss),
+    )
+    if recipe.preview.every:
+        seen = folder if ranks.is_first else None
+        trainer.previews = Previews(checkpoint, recipe.preview, folder=seen)
+    return trainer
+
+
+def datasets(data: Data, checkpoint: Checkpoint) -> Sequence[Dataset]:
+    """The recipe's data sets. ValueError when there are none."""
+    groups: list[Group] = []
+    config, codec = _sized(checkpoint.config, data), checkpoint.codec
+    if data.mixture is not None:
+        groups = read_mixture(
+            data.mixture, codec=codec, config=config, dropout=data.dropout, dataset_info=data.dataset_info
+        )
+        _share(groups, data.ratios)
+    sets: list[Dataset] = [*groups]
+    if data.world is not None:
+        world = nano_world()
+        sets += [WorldDataset(kind, world, data.world, config, codec) for kind in data.world.kinds]
+    if not sets:
+        raise ValueError("the recipe has no data; give data.mixture, a YAML file or a folder of data")
+    return sets
+
+
+def _sized(config: BagelConfig, data: Data) -> BagelConfig:
+    """The model with the recipe's resolution as its picture limits."""
+    settings, resolution = config.settings, data.resolution
+
+    def limits(size: tuple[int, int] | None, old: ImageLimits) -> ImageLimits:
+        return old if size is None else ImageLimits(size[1], size[0], old.stride, old.max_pixels)
+
+    vae, vit = limits(resolution.gen, settings.vae_limits), limits(resolution.und, settings.vit_limits)
+    return replace(config, settings=replace(settings, vae_limits=vae, vit_limits=vit))
+
+
+def _share(groups: list[Group], ratios: dict[str, float] | None) -> None:
+    """Gives the groups of each kind that kind's share, in proportion to their own weights."""
+    if ratios is None:
+        return
+    for kind in ratios:
+        if kind not in KINDS.values():
+            kinds = sorted(set(KINDS.values()))
+            raise ValueError(f"data.ratios: unknown kind {kind!r}{nearest(kind, kinds)}; there are {kinds}")
+    of_kind: dict[str, list[Group]] = {}
+    for group in groups:
+        of_kind.setdefault(KINDS[group.task], []).append(group)
+    for kind, members in of_kind.items():
+        total = sum(group.weight for group in members)
+        for group in members:
+            group.weight *= ratios.get(kind, 0.0) / total
+
+
+def loader(sets: Sequence[Dataset], recipe: Recipe, config: BagelConfig, *, ranks: Ranks) -> Loader:
+    data = recipe.data
+    options = LoaderOptions(
+        rank=ranks.rank,
+        ranks=ranks.size,
+        num_workers=data.workers,
+        prefetch_factor=data.prefetch_factor,
+        timeout=data.timeout,
+        max_bad=data.max_bad,
+        quarantine=Path(recipe.folder) / f"quarantine-{ranks.rank}.jsonl",
+    )
+    return Loader(sets, data.packing, config, seed=data.seed, options=options)
+
+
+def dry_step(checkpoint: Checkpoint, samples: Sequence[Sample]) -> dict[str, float]:
+    """The losses of one forward and backward over samples: whether a run on them would start."""
+    encoder = LatentEncoder(checkpoint.autoencoder, checkpoint.config, seed=0)
+    pack = Packer(checkpoint.config, checkpoint.codec).pack(encoder.segments(samples))
+    losses = dict(zip(("ce", "mse"), checkpoint.model.losses(pack), strict=True))
+    means = {name: loss.mean() for name, loss in losses.items() if loss.numel()}
+    if means:
+        torch.stack(list(means.values())).sum().backward()
+    return {name: mean.item() for name, mean in means.items()}
+
+
+def _overfit(trainer: Trainer, steps: int, report: Callable[[str], None]) -> None:
+    """Repeats the first batches, noise and all; ValueError when the losses do not fall below half."""
+    first = trainer.batches()
+    trainer.batches = lambda: first
+    history = []
+    for _ in range(steps):
+        record = trainer.train_step()
+        history.append(record.losses)
+        if record.step % trainer.place.track.log_every == 0:
+            report(f"overfitting, step {record.step}: {_listed(record.losses)}")
+    verdict = overfit_verdict(history)
+    if not verdict.good:
+        raise ValueError(f"the self-test failed: {verdict.reason}")
+    report(f"the self-test passed: {_listed(history[0])} became {_listed(history[-1])}")
+
+
+def _listed(losses: Any) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+
+
+def _export(begin: Beginning, recipe: Recipe, ranks: Ranks) -> Path:
+    """Writes the model as it is, from whole tensors gathered on the first rank."""
+    model, folder = begin.checkpoint.model, Path(recipe.folder)
+    state = dict(_whole(model.named_parameters(), ranks))
+    if recipe.lora is not None:
+        if ranks.is_first:
+            base = recipe.start.checkpoint or ""
+            lora.save_adapter(model, folder / "adapter", base=base, state=state)
+        ranks.barrier()
+        return folder / "adapter"
+    if ranks.is_first:
+        with torch.device("meta"):
+            written = BagelModel(model.config)
+        written.load_state_dict(state, assign=True)
+        save_checkpoint(folder / "checkpoint", replace(begin.checkpoint, model=written), dtype=torch.bfloat16)
+    ranks.barrier()
+    return folder / "checkpoint"
+
+
+def _whole(named: Any, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, gathered by all ranks together, one at a time; kept on the first one's CPU."""
+    for name, tensor in named:
+        value = tensor.detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if ranks.is_first:
+            yield name, value.cpu()
+
+
+def open_run(folder: str | Path, weights: str) -> Checkpoint | None:
+    """The model of a run's folder, or of one of its checkpoints' folders, with its averaged ("ema") or last
+    ("model") weights; adapters are bound. None if the folder is of no run.
+
+    ValueError when the run has no checkpoint yet.
+    """
+    folder = Path(folder)
+    step = folder if (folder / MANIFEST).is_file() else None
+    run = step.parent.parent if step else folder
+    if not (run / "recipe.json").is_file():
+        return None
+    recipe, ranks = read_recipe(run / "recipe.json"), Ranks("cpu")
+    step = step or Checkpoints(Path(recipe.checkpoints or run / "checkpoints"), ranks).latest()
+    if step is None:
+        raise ValueError(f"{run} has no checkpoint yet; train it first")
+    begin = _begin(recipe, ranks, _silent)
+    _mark(begin.checkpoint.model, recipe)
+    stored, parameters = Stored(step), dict(begin.checkpoint.model.named_parameters())
+    for name in stored.shapes:
+        part, _, parameter = name.partition("/")
+        if part == weights:
+            parameters[parameter].data.copy_(stored[name])
+    return begin.checkpoint

@@ -1,86 +1,246 @@
-"""The first training loop: it learns, resumes exactly, and never shows a held-out pair."""
+"""The training loop: it learns, resumes bit for bit, and takes the same steps on any number of ranks."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from openbagel.config import nano
+from openbagel.data.samples import Sample, SampleId, decode
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
-from openbagel.sequence import Packer, Text, VaeImage, VitImage
-from openbagel.train.autoencoder import AutoencoderTrainer
-from openbagel.train.optim import EMA, learning_rate
-from openbagel.train.stages import read_recipe, train
-from openbagel.train.trainer import Trainer, TrainRecipe
-from openbagel.world.samples import LatentCache, Mixture, Teacher, world_codec
+from openbagel.sequence import Text, VaeImage, VitImage
+from openbagel.train.autoencoder import AutoencoderTrainer, AutoencoderTraining
+from openbagel.train.latents import LatentCache, LatentEncoder
+from openbagel.train.parallel import Ranks
+from openbagel.train.recipe import Recipe, read_recipe, recipe_from
+from openbagel.train.stages import train
+from openbagel.train.trainer import Place, Training
+from openbagel.weights import Checkpoint, save_checkpoint
+from openbagel.world.samples import Mixture, WorldDataset, world_codec
 from openbagel.world.scene import nano_world
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "nano.yaml"
+RECIPES = Path(__file__).parents[2] / "recipes"
 KINDS = {"draw_two": 1.0, "ask_colour": 1.0, "edit_recolour": 1.0}
 CODEC = world_codec(nano_world())
 
 
-def small_config():
+def small() -> Checkpoint:
+    """A nano of two thin layers."""
     config = nano(512)
     llm = replace(
         config.llm, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
     )
     assert config.vit and config.vae
     vit = replace(config.vit, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    return replace(config, llm=llm, vit=vit, vae=replace(config.vae, ch=8))
-
-
-def trainer(folder: Path, recipe: TrainRecipe, copies: int = 1) -> Trainer:
-    config = small_config()
-    torch.manual_seed(0)
-    assert config.vae
-    autoencoder = AutoEncoder(config.vae)
-    with torch.no_grad():
-        autoencoder.encoder.conv_out.bias[config.vae.z_channels :] = -10  # pyright: ignore
-    latents = LatentCache(autoencoder, folder / "latents", 50)
-    mixture = Mixture(kinds=KINDS, think=0.2, copies=copies, examples_per_kind=50)
-    teacher = Teacher(config, CODEC, world=nano_world(), mixture=mixture, latents=latents)
+    config = replace(config, llm=llm, vit=vit, vae=replace(config.vae, ch=8))
     model = BagelModel(config)
     model.initialise(torch.Generator().manual_seed(1))
-    return Trainer(model, Packer(config, CODEC), teacher, recipe)
+    assert config.vae
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        autoencoder = AutoEncoder(config.vae)
+        assert autoencoder.encoder.conv_out.bias is not None
+        autoencoder.encoder.conv_out.bias.data[config.vae.z_channels :] = -10  # almost no posterior noise
+    return Checkpoint(config, model, autoencoder, CODEC)
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path):
-    whole, first, second = (replace(TrainRecipe(steps=4), samples=4, steps=steps) for steps in (4, 2, 4))
-    straight = trainer(tmp_path, whole)
-    straight.run(tmp_path / "straight", lambda _: None)
-    trainer(tmp_path, first).run(tmp_path / "cut", lambda _: None)
-    resumed = trainer(tmp_path, second)
-    resumed.run(tmp_path / "cut", lambda _: None)
-    assert resumed.step == straight.step == 4
-    for name, value in straight.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
-    for name, value in straight.ema.average.items():
-        assert torch.equal(value, resumed.ema.average[name]), name
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    save_checkpoint(folder, small())
+    return folder
 
 
-def test_both_losses_fall(tmp_path: Path):
-    rows: list[dict] = []
-    run = trainer(tmp_path, TrainRecipe(steps=60, samples=12, warmup=5, lr=3e-3, log_every=20))
-    run.run(tmp_path, lambda line: rows.append(json.loads(line)))
-    assert rows[-1]["ce"] < 0.7 * rows[0]["ce"]
-    assert rows[-1]["mse"] < 0.9 * rows[0]["mse"]
+def recipe(start: Path, folder: Path, **changes: Any) -> Recipe:
+    tree: dict[str, Any] = {
+        "folder": str(folder),
+        "start": {"checkpoint": str(start)},
+        "data": {
+            "world": {"kinds": dict(KINDS), "think": 0.0, "copies": 2, "examples_per_kind": 40},
+            "packing": {"max_num_tokens": 256},
+        },
+        "train": {
+            "steps": 6,
+            "schedule": {"kind": "constant", "lr": 1e-3, "warmup": 2},
+            "save_every": 2,
+            "ema": 0.9,
+            "execution": "dense",
+        },
+        "track": {"log_every": 1},
+        "guard": {"check_first_losses": False},
+    }
+    for place, value in changes.items():
+        *branches, leaf = place.split("__")
+        branch = tree
+        for key in branches:
+            branch = branch.setdefault(key, {})
+        branch[leaf] = value
+    return recipe_from(tree)
 
 
-def test_time_budget_stops_the_run(tmp_path: Path):
-    run = trainer(tmp_path, TrainRecipe(steps=1000, samples=2, max_minutes=0.0))
-    run.run(tmp_path, lambda _: None)
-    assert run.step == 0 and (tmp_path / "state.pt").is_file()
+def quiet(line: str) -> None:
+    assert line
 
 
-def test_samples_have_the_official_layout(tmp_path: Path):
-    run = trainer(tmp_path, TrainRecipe(steps=1))
+def last(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").glob("step-*"))
+    return {name: t for path in newest.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def same_run(a: Path, b: Path) -> None:
+    ours, theirs = last(a), last(b)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    for name in ("ce", "mse", "grad_norm", "lr", "tokens"):
+        assert [row.get(name) for row in rows(a)] == [row.get(name) for row in rows(b)], name
+
+
+@pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (2, 4)])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    start: Path, tmp_path: Path, workers: int, accumulation: int
+):
+    options = {"train__accumulation": accumulation}
+    train(recipe(start, tmp_path / "whole", **options), quiet)
+    for steps in (3, 6):
+        changed = recipe(start, tmp_path / "cut", train__steps=steps, data__workers=workers, **options)
+        train(changed, quiet)
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_both_losses_fall(start: Path, tmp_path: Path):
+    train(recipe(start, tmp_path, train__steps=60, train__schedule__lr=3e-3, train__save_every=100), quiet)
+    logged = rows(tmp_path)
+
+    def mean(name: str, part: slice) -> float:
+        values = [row[name] for row in logged[part] if row.get(name) is not None]
+        return sum(values) / len(values)
+
+    assert mean("ce", slice(-10, None)) < 0.7 * mean("ce", slice(0, 3))
+    assert mean("mse", slice(-10, None)) < 0.9 * mean("mse", slice(0, 3))
+
+
+def test_a_time_budget_stops_the_run_and_saves_it(start: Path, tmp_path: Path):
+    train(recipe(start, tmp_path, train__max_minutes=0.0), quiet)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-0000001"]
+
+
+def test_an_old_run_is_not_overwritten(start: Path, tmp_path: Path):
+    train(recipe(start, tmp_path, train__steps=1), quiet)
+    with pytest.raises(ValueError, match=r"auto_resume=true"):
+        train(recipe(start, tmp_path, train__auto_resume=False), quiet)
+
+
+def test_the_resolved_recipe_repeats_the_run(start: Path, tmp_path: Path):
+    train(recipe(start, tmp_path / "a", train__steps=2), quiet)
+    again = read_recipe(tmp_path / "a" / "recipe.json", [f"folder={tmp_path / 'b'}"])
+    train(again, quiet)
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_packs_without_pictures_or_of_one_kind_train(start: Path, tmp_path: Path):
+    for kind in ("ask_count", "draw_one"):
+        folder = tmp_path / kind
+        train(recipe(start, folder, train__steps=2, data__world__kinds={kind: 1.0}), quiet)
+        assert all(
+            ("ce" in row) == (kind == "ask_count" or row.get("ce") is not None) for row in rows(folder)
+        )
+
+
+def test_sigterm_saves_and_ends_well(start: Path, tmp_path: Path):
+    process = run_apart(recipe(start, tmp_path / "run", train__steps=10_000), tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    step = len(rows(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:07d}" / "MANIFEST.json").is_file()
+
+
+def run_apart(run: Recipe, folder: Path, ranks: int = 1) -> subprocess.Popen:
+    from openbagel.config import to_json
+
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(to_json(run)))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launch, "-m", "openbagel.train", str(path)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def wait_for(path: Path, lines: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.is_file() or len(path.read_text().splitlines()) < lines:
+        assert time.monotonic() < deadline, f"{path} never had {lines} lines"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_at_any_moment_resume_exactly(start: Path, tmp_path: Path):
+    whole = recipe(start, tmp_path / "whole", train__steps=8, train__accumulation=2)
+    train(whole, quiet)
+    halved = {"train__steps": 8, "train__accumulation": 1}
+    for lines in (1, 3, 6):
+        process = run_apart(recipe(start, tmp_path / "cut", **halved), tmp_path, ranks=2)
+        wait_for(tmp_path / "cut" / "metrics.jsonl", lines)
+        process.kill()
+        process.wait()
+        time.sleep(3)  # torchrun's children notice
+    assert run_apart(recipe(start, tmp_path / "cut", **halved), tmp_path, ranks=2).wait(200) == 0
+    ours, theirs = rows(tmp_path / "whole"), rows(tmp_path / "cut")
+    assert [row["step"] for row in theirs] == list(range(8))
+    for name in ("ce", "mse"):
+        for mine, other in zip(ours, theirs, strict=True):
+            assert other[name] == pytest.approx(mine[name], rel=1e-5), name
+
+
+def test_ema_lora_and_freezing_decide_what_a_run_keeps(start: Path, tmp_path: Path):
+    run = recipe(start, tmp_path, lora={"preset": "gen", "rank": 2}, train__steps=2)
+    assert train(run, quiet) == tmp_path / "adapter"
+    assert all("lora" in name for name in last(tmp_path) if name.startswith("model/"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_overfitting_one_pack_is_a_self_test(start: Path, tmp_path: Path):
+    said: list[str] = []
+    run = recipe(start, tmp_path, overfit=80, train__schedule__lr=3e-3, data__world__copies=1)
+    train(run, said.append)
+    assert "the self-test passed" in said[-1]
+    with pytest.raises(ValueError, match="the self-test failed"):
+        train(recipe(start, tmp_path / "b", overfit=2), quiet)
+
+
+# samples ----------------------------------------------------------------------------------------------------
+
+
+def world_samples(kind: str, count: int, copies: int = 1) -> list[Sample]:
+    mixture = Mixture(kinds=KINDS, think=0.2, copies=copies, examples_per_kind=50)
+    data = WorldDataset(kind, nano_world(), mixture, small().config, CODEC)
+    ids = [SampleId(data.name, 0, row) for row in range(count)]
+    return [Sample(id, decode(data.parts(id.row, id.random(0, "parts")))) for id in ids]
+
+
+def encoder(cache: LatentCache | None = None) -> LatentEncoder:
+    checkpoint = small()
+    return LatentEncoder(checkpoint.autoencoder, checkpoint.config, 0, 1.0, cache)
+
+
+def test_samples_have_the_official_layout():
     seen = set()
-    for pack in range(8):
-        for segments in run.teacher.samples(pack, 8):
+    for kind in KINDS:
+        for segments in encoder().segments(world_samples(kind, 12)):
             seen.add(tuple(type(segment) for segment in segments))
             losses = [s.loss for s in segments if isinstance(s, Text)]
             drawn = [s for s in segments if isinstance(s, VaeImage) and s.hidden]
@@ -90,85 +250,77 @@ def test_samples_have_the_official_layout(tmp_path: Path):
     assert (VaeImage, VitImage, Text, VaeImage) in seen
 
 
-def test_packs_are_a_function_of_their_number(tmp_path: Path):
-    a, b = (trainer(tmp_path / name, TrainRecipe(steps=1)) for name in "ab")
-    first, again = (run.packer.pack(run.teacher.samples(7, 6)) for run in (a, b))
-    assert torch.equal(first.text_ids, again.text_ids)
-    assert torch.equal(first.targets, again.targets)
+def test_a_sample_is_the_same_in_any_company():
+    samples = world_samples("draw_two", 4)
+    together, alone = encoder().segments(samples), encoder().segments(samples[2:3])
+    ours, theirs = together[2][-1], alone[0][-1]
+    assert isinstance(ours, VaeImage) and isinstance(theirs, VaeImage) and ours.t == theirs.t
+    assert torch.allclose(ours.frames[0].tokens, theirs.frames[0].tokens, atol=1e-6)
 
 
 def test_latents_are_encoded_once(tmp_path: Path):
-    run = trainer(tmp_path, TrainRecipe(steps=1))
-    run.teacher.samples(0, 8)
-    cached = LatentCache(run.teacher.latents.autoencoder, tmp_path / "latents", 50)
-    calls = []
-    cached.autoencoder.encoder.register_forward_hook(lambda *_: calls.append(1))
-    Teacher(run.model.config, CODEC, world=nano_world(), mixture=run.teacher.mixture, latents=cached).samples(
-        0, 8
-    )
-    assert not calls
+    samples, first = world_samples("edit_recolour", 4), encoder()
+    assert first.autoencoder
+    cached = replace(first, cache=LatentCache.of(tmp_path, first.autoencoder))
+    once = cached.segments(samples)
+    first.autoencoder.encoder.register_forward_pre_hook(lambda *_: pytest.fail("encoded again"))
+    again = cached.segments(samples)
+    for a, b in zip(once, again, strict=True):
+        for x, y in zip(a, b, strict=True):
+            if isinstance(x, VaeImage) and isinstance(y, VaeImage) and x.frames:
+                assert torch.allclose(x.frames[0].tokens, y.frames[0].tokens, atol=0.02)
 
 
-def test_learning_rate_warms_up_holds_and_falls():
-    rates = [learning_rate(s, peak=1.0, warmup=10, total=100, decay=20) for s in range(101)]
-    assert rates[0] == 0.1 and rates[9] == rates[79] == 1.0
-    assert rates[90] == pytest.approx(0.5) and rates[100] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(rates[80:-1], rates[81:], strict=True))
-
-
-def test_ema_follows_its_formula():
-    model = torch.nn.Linear(2, 2)
-    ema = EMA(model, 0.9)
-    start = model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    ema.update(model, 1000)
-    assert torch.allclose(ema.average["weight"], start + 0.1)
-
-
-def test_autoencoder_training_resumes(tmp_path: Path):
-    vae = small_config().vae
-    assert vae
-    whole, cut = (TrainRecipe(steps=steps, samples=1) for steps in (4, 2))
-    straight, first, second = (
-        AutoencoderTrainer(vae, nano_world(), recipe) for recipe in (whole, cut, whole)
-    )
-    straight.run(tmp_path / "a", lambda _: None)
-    first.run(tmp_path / "b", lambda _: None)
-    second.run(tmp_path / "b", lambda _: None)
-    for name, value in straight.model.state_dict().items():
-        assert torch.equal(value, second.model.state_dict()[name]), name
-    scale, shift = second.latent_statistics()
-    assert scale > 0 and abs(shift) < 1
-
-
-def test_copies_share_their_context_and_spread_their_times(tmp_path: Path):
-    run = trainer(tmp_path, TrainRecipe(steps=1), copies=4)
-    drawn = [s for s in run.teacher.samples(0, 8) if isinstance(s[-1], VaeImage)]
-    for segments in drawn:
+def test_copies_share_their_context_and_spread_their_times():
+    for segments in encoder().segments(world_samples("draw_two", 8, copies=4)):
         copies = [s for s in segments if isinstance(s, VaeImage) and s.hidden]
         assert len(copies) == 4 and [c.t for c in copies] == sorted({c.t for c in copies})
-    assert drawn
 
 
-def test_recipe_of_nano_reads_and_refuses_typos():
-    recipe = read_recipe(RECIPE, ["model.steps=7", "folder=elsewhere"])
-    assert recipe.model.steps == 7 and recipe.folder == "elsewhere"
-    with pytest.raises(ValueError, match="did you mean 'steps'"):
-        read_recipe(RECIPE, ["model.step=7"])
-    with pytest.raises(ValueError, match="key=value"):
-        read_recipe(RECIPE, ["model.steps"])
-    with pytest.raises(ValueError, match=r"nowhere\.yaml"):
-        read_recipe("nowhere.yaml", [])
+# the autoencoder --------------------------------------------------------------------------------------------
 
 
-def test_training_goes_on_from_bare_weights(tmp_path: Path):
-    overrides = ["model.steps=1", "model.samples=2", "mixture.examples_per_kind=10", "mixture.think=0.0"]
-    nano_folder = Path(__file__).parents[2] / "openbagel" / "assets" / "nano"
-    recipe = read_recipe(RECIPE, [*overrides, f"start={nano_folder}", f"folder={tmp_path}"])
-    checkpoint = train(recipe, lambda _: None)
-    assert {path.name for path in checkpoint.iterdir()} >= {
-        "ema.safetensors",
-        "ae.safetensors",
-        "config.json",
-    }
+def test_autoencoder_training_resumes_and_its_last_steps_leave_the_encoder_alone(tmp_path: Path):
+    vae = small().config.vae
+    assert vae
+    settings = AutoencoderTraining(train=Training(steps=4, ema=None), samples=1, decoder_steps=2)
+    runs: list[AutoencoderTrainer] = []
+    for name, budgets in {"a": (None,), "b": (0.0, None)}.items():
+        for minutes in budgets:
+            changed = replace(settings, train=replace(settings.train, max_minutes=minutes))
+            place = Place(folder=tmp_path / name, checkpoints=tmp_path / name / "c", ranks=Ranks("cpu"))
+            runs.append(AutoencoderTrainer(vae, nano_world(), changed, place))
+            runs[-1].run()
+    straight, cut, resumed = runs
+    assert (straight.step, cut.step, resumed.step) == (4, 1, 4)
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    scale, shift = resumed.latent_statistics()
+    assert scale > 0 and abs(shift) < 1
+    resumed.step, encoder = 2, resumed.model.encoder.conv_in.weight.clone()
+    resumed.train_step()
+    assert torch.equal(resumed.model.encoder.conv_in.weight, encoder)
+    resumed.step = 0
+    resumed.train_step()
+    assert not torch.equal(resumed.model.encoder.conv_in.weight, encoder)
+
+
+# recipes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_understood(path: Path):
+    assert read_recipe(path, ["train.steps=3"]).train.steps == 3
+
+
+def test_unknown_keys_name_the_nearest():
+    with pytest.raises(ValueError, match="'stepz'.*'steps'"):
+        read_recipe(RECIPES / "nano.yaml", ["train.stepz=3"])
+    with pytest.raises(ValueError, match="no override"):
+        read_recipe(RECIPES / "nano.yaml", ["train.steps"])
+
+
+def test_a_stage_fills_in_what_a_recipe_leaves_open():
+    made = recipe_from({"folder": "x", "stage": "finetuning", "train": {"steps": 7}})
+    assert made.train.steps == 7 and made.train.schedule.lr == 2.5e-5 and made.train.ema == 0.995
+    assert made.data.packing.max_num_tokens == 45 * 1024
