@@ -25,14 +25,21 @@ from tqdm import tqdm
 
 import openbagel
 from openbagel.config import Sampling, nearest
+from openbagel.data.convert import Format, convert
+from openbagel.data.doctor import Examination, examine
+from openbagel.data.packing import Packing
 from openbagel.demo import sheet
 from openbagel.evals.world import Plan, evaluate, report, table
 from openbagel.flow import Guidance, Renorm
 from openbagel.images import save_picture
 from openbagel.inference.events import Event, Preview, Text, Thought
 from openbagel.inference.pipeline import Bagel, find_model
-from openbagel.train.stages import read_recipe, train
-from openbagel.weights import describe
+from openbagel.lora import bound, load_adapter, merge
+from openbagel.train.metrics import plot
+from openbagel.train.recipe import read_recipe
+from openbagel.train.stages import dry_step, open_run, train
+from openbagel.weights import describe, load_checkpoint, save_checkpoint
+from openbagel.world.dataset import write_example
 from openbagel.world.tasks import TASKS
 
 
@@ -56,10 +63,11 @@ class ModelOptions:
     dtype: str | None = option(
         "weights and compute; default: bfloat16 where it is fast", choices=("float32", "bfloat16", "float16")
     )
+    lora: str | None = option("an adapter to bind, a folder or a Hugging Face id")
 
     def load(self) -> Bagel:
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        return Bagel.load(self.model, device=self.device, dtype=dtype)
+        return Bagel.load(self.model, device=self.device, dtype=dtype, lora=self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,11 +241,116 @@ class Train:
     )
 
     def run(self) -> None:
-        print(train(read_recipe(self.recipe, self.overrides or []), lambda line: print(line, flush=True)))
+        print(train(read_recipe(self.recipe, self.overrides or [])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlot:
+    """draw the curves of training runs"""
+
+    runs: list[str] = option(
+        positional=True, help="folders that `openbagel train` wrote", nargs="+", metavar="RUN"
+    )
+    output: Path = option("the PNG file", Path("curves.png"), short="-o")
+    smoothing: float = option("weight of the past, in [0, 1)", 0.6)
+
+    def run(self) -> None:
+        print(plot(self.runs, self.output, smoothing=self.smoothing))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """write a model, or a checkpoint of a run, as an official folder"""
+
+    source: str = option(
+        positional=True, help="nano, a checkpoint folder, a Hugging Face model id, or a run's folder"
+    )
+    output: Path = option(positional=True, help="the folder to write")
+    lora: str | None = option("an adapter to merge into the weights")
+    weights: str = option("of a run: the averaged weights or the last ones", "ema", choices=("ema", "model"))
+    dtype: str = option("of the stored weights", "bfloat16", choices=("float32", "bfloat16", "float16"))
+    shard_gb: float | None = option("split the transformer into files of this size, in gigabytes")
+
+    def run(self) -> None:
+        if self.output.exists() and any(self.output.iterdir()):
+            raise ValueError(f"{self.output} is not empty; name a new folder")
+        checkpoint = open_run(self.source, self.weights) or load_checkpoint(find_model(self.source))
+        if self.lora is not None:
+            load_adapter(checkpoint.model, find_model(self.lora))
+        if bound(checkpoint.model):
+            merge(checkpoint.model)
+        shard_bytes = None if self.shard_gb is None else int(self.shard_gb * 1e9)
+        dtype = getattr(torch, self.dtype)
+        save_checkpoint(self.output, checkpoint, dtype=dtype, shard_bytes=shard_bytes)
+        print(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDoctor:
+    """find what is wrong with data, count its tokens and draw previews"""
+
+    paths: list[str] = option(
+        positional=True, help="mixtures (YAML), data files, or folders of them", nargs="+", metavar="PATH"
+    )
+    model: str = option("whose tokenizer, picture sizes and dry step", "nano")
+    rows: int | None = option("so many rows of each data set, spread evenly; default: all")
+    max_num_tokens: int = option("room of a pack", Packing().max_num_tokens)
+    dataset_info: Path | None = option("a YAML file with the paths that a mixture leaves out")
+    previews: Path | None = option("a folder for pictures of samples, packs and masks", short="-o")
+
+    def run(self) -> int:
+        checkpoint = load_checkpoint(find_model(self.model), dtype=torch.float32)
+        options = Examination(
+            rows=self.rows,
+            packing=Packing(max_num_tokens=self.max_num_tokens),
+            dataset_info=self.dataset_info,
+            previews=self.previews,
+        )
+        report = examine(
+            self.paths,
+            config=checkpoint.config,
+            codec=checkpoint.codec,
+            options=options,
+            dry_run=lambda samples: dry_step(checkpoint, samples),
+        )
+        print("\n".join(report.lines()))
+        return 1 if report.problems else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConvert:
+    """rewrite data in another format"""
+
+    source: Path = option(positional=True, help="a file or a folder of data")
+    output: Path = option(positional=True, help="the folder to write")
+    format: Format = option("parquet, jsonl, tar (WebDataset), or a folder of pictures", Format.PARQUET)
+
+    def run(self) -> int:
+        done = convert(self.source, self.output, self.format)
+        print("\n".join(done.lines()))
+        return 1 if done.skipped else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataExample:
+    """write a small data set of every kind, with a mixture that trains nano"""
+
+    folder: Path = option(positional=True, help="an empty or new folder")
+    rows: int = option("of each kind", 48)
+    seed: int = option("of the scenes", 0)
+
+    def run(self) -> None:
+        print(write_example(self.folder, rows=self.rows, seed=self.seed))
 
 
 VERBS: dict[str, type] = {
-    verb.__name__.lower(): verb for verb in (Generate, Ask, Edit, Info, Demo, Eval, Train)
+    verb.__name__.lower(): verb for verb in (Generate, Ask, Edit, Info, Demo, Eval, Train, Convert)
+}
+VERBS |= {
+    "train plot": TrainPlot,
+    "data doctor": DataDoctor,
+    "data convert": DataConvert,
+    "data example": DataExample,
 }
 
 
@@ -327,7 +440,7 @@ def parser_for(name: str) -> Parser:
 
 def usage() -> str:
     width = min(shutil.get_terminal_size().columns, 100)
-    lines = ["usage: openbagel VERB …", "", *(f"  {name:<10}{verb.__doc__}" for name, verb in VERBS.items())]
+    lines = ["usage: openbagel VERB …", "", *(f"  {name:<14}{verb.__doc__}" for name, verb in VERBS.items())]
     return "\n".join(line[:width] for line in [*lines, "", "openbagel VERB --help lists a verb's options"])
 
 
@@ -340,21 +453,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] == "--version":
         print(openbagel.__version__)
         return 0
-    name, *rest = given
+    words = 2 if " ".join(given[:2]) in VERBS else 1
+    name, rest = " ".join(given[:words]), given[words:]
+    inner = [verb for verb in VERBS if verb.startswith(name + " ")]
+    if name not in VERBS and inner:
+        print(
+            f"openbagel {name}: say which of {', '.join(inner)}{nearest(' '.join(given[:2]), inner)}",
+            file=sys.stderr,
+        )
+        return 2
     if name not in VERBS:
         print(f"openbagel: unknown verb {name!r}{nearest(name, VERBS)}\n{usage()}", file=sys.stderr)
         return 2
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     parsed = vars(parser_for(name).parse_strictly(rest))
     try:
-        VERBS[name](**parsed).run()
+        return VERBS[name](**parsed).run() or 0
     except (ValueError, OSError) as error:
         print(f"openbagel {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from openbagel import cli
 from openbagel.config import Sampling
 from openbagel.flow import Guidance, Renorm
 
-MODEL = {"--model", "--device", "--dtype"}
+MODEL = {"--model", "--device", "--dtype", "--lora"}
 SAMPLING = {
     "--think",
     "--seed",
@@ -37,6 +37,11 @@ PINNED = {
     "demo": MODEL | {"--output", "-o"},
     "eval": MODEL | {"--kinds", "--samples", "--held-out", "--think", "--output", "-o"},
     "train": set(),
+    "train plot": {"--output", "-o", "--smoothing"},
+    "convert": {"--lora", "--weights", "--dtype", "--shard-gb"},
+    "data doctor": {"--model", "--rows", "--max-num-tokens", "--dataset-info", "--previews", "-o"},
+    "data convert": {"--format"},
+    "data example": {"--rows", "--seed"},
 }
 QUICK = ["--num-timesteps", "3"]
 

@@ -18,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if path.is_file())
+WALKED = ROOT / "docs" / "train.md"
+"""Takes minutes: tests/train/test_commands.py walks it."""
 NO_RUN = 8
 SHELLS = {"bash", "sh", "console"}
 FENCE = re.compile(r"^([ ]*)```(\w+)?[ ]*([^\n`]*)\n(.*?)^\1```[ ]*$", re.MULTILINE | re.DOTALL)
@@ -82,7 +84,9 @@ def test_few_snippets_stay_out() -> None:
     assert len(tags) <= NO_RUN, "\n".join(tags)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != WALKED], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__snippet__"}
