@@ -4,9 +4,11 @@ from dataclasses import fields
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from openbagel.sequence import Frame, PackedSequence, Segment, Text, VaeImage, VitImage
+from openbagel.sequence import Frame, PackedSequence, Packer, Segment, Text, VaeImage, VitImage
+from openbagel.tokens import TextCodec
 from tests import tiny
 
 CHANNELS = tiny.config().latent_channels
@@ -151,3 +153,55 @@ def test_to_moves_every_tensor() -> None:
             assert (after.shape, after.dtype) == (before.shape, before.dtype)
         else:
             assert after == before
+
+
+# marker loss ------------------------------------------------------------------------------------------------
+
+
+def marked(samples: list[list[Segment]]) -> list[list[tuple[str, str]]]:
+    """Per sample, the labels that marker loss adds: (marker that predicts, marker predicted)."""
+    names = {
+        getattr(tiny.codec(), n): n for n in ("start", "end", "vision_start", "vision_end", "end_of_text")
+    }
+    plain = Packer(tiny.config(), tiny.codec()).pack(samples)
+    pack = Packer(tiny.config(), tiny.codec(), marker_loss=True).pack(samples)
+    ids = torch.full((len(pack),), -1)
+    ids[pack.text_places] = pack.text_ids
+    known = set(zip(plain.label_places.tolist(), plain.labels.tolist(), strict=True))
+    found: list[list[tuple[str, str]]] = [[] for _ in samples]
+    for place, label in zip(pack.label_places.tolist(), pack.labels.tolist(), strict=True):
+        if (place, label) not in known:
+            found[int(pack.sample[place])].append((names[int(ids[place])], names[label]))
+    assert len(pack.labels) == len(plain.labels) + sum(map(len, found))
+    return found
+
+
+def test_marker_loss_needs_an_end_of_text() -> None:
+    with pytest.raises(ValueError, match="<|endoftext|>"):
+        Packer(tiny.config(), TextCodec.of(Tokenizer(models.BPE())), marker_loss=True)
+
+
+def test_marker_loss_teaches_when_to_write_to_draw_and_to_end() -> None:
+    prompt, answer = Text((5, 6)), Text((7,), loss=True)
+    target = VaeImage.noised(torch.zeros(4, 16), (2, 2), 0.5, torch.zeros(4, 16))
+    clean, look = VaeImage.clean(torch.zeros(4, 16), (2, 2)), VitImage(torch.zeros(3, 8, 8))
+    samples: list[list[Segment]] = [
+        [prompt, answer],  # writes, then ends
+        [prompt, target, target],  # draws: two noised copies are one decision, which nothing visible follows
+        [prompt, answer, target, clean, look, answer],  # thinks, draws, and speaks of what it drew
+        [prompt, look],  # nothing is learned
+        [
+            prompt,
+            VaeImage(()),
+            VitImage(None),
+            Text((), bare=True),
+            answer,
+        ],  # dropped conditions make no split
+    ]
+    assert marked(samples) == [
+        [("end", "start"), ("end", "end_of_text")],
+        [("end", "vision_start")],
+        [("end", "start"), ("end", "vision_start"), ("vision_end", "start"), ("end", "end_of_text")],
+        [],
+        [("end", "start"), ("end", "end_of_text")],
+    ]

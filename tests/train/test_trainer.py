@@ -14,17 +14,18 @@ import torch
 from safetensors.torch import load_file
 
 from openbagel.config import nano
-from openbagel.data.samples import Sample, SampleId, decode
+from openbagel.data.samples import Sample, SampleId, decode, extent
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
-from openbagel.sequence import Text, VaeImage, VitImage
+from openbagel.sequence import Packer, Text, VaeImage, VitImage
 from openbagel.train.autoencoder import AutoencoderTrainer, AutoencoderTraining
 from openbagel.train.latents import LatentCache, LatentEncoder
 from openbagel.train.parallel import Ranks
-from openbagel.train.recipe import Recipe, read_recipe, recipe_from
-from openbagel.train.stages import train
+from openbagel.train.recipe import Data, Recipe, read_recipe, recipe_from
+from openbagel.train.stages import datasets, train
 from openbagel.train.trainer import Place, Training
 from openbagel.weights import Checkpoint, save_checkpoint
+from openbagel.world.dataset import write_example
 from openbagel.world.samples import Mixture, WorldDataset, world_codec
 from openbagel.world.scene import nano_world
 
@@ -250,6 +251,20 @@ def test_samples_have_the_official_layout():
     assert (VaeImage, VitImage, Text, VaeImage) in seen
 
 
+def test_packs_are_as_long_as_was_planned(tmp_path: Path):
+    """For every kind of data there is: what the headers said is what is trained."""
+    checkpoint = small()
+    data = Data(mixture=str(write_example(tmp_path / "toy", rows=4)), world=Mixture(kinds=KINDS, copies=3))
+    packer = Packer(checkpoint.config, checkpoint.codec)
+    for group in datasets(data, checkpoint):
+        for row in range(4):
+            id = SampleId(group.name, 0, row)
+            parts = group.parts(row, id.random(0, "parts"))
+            pack = packer.pack(encoder().segments([Sample(id, decode(parts))]))
+            assert len(pack) == extent(parts, checkpoint.config).tokens, id
+            assert len(pack.labels) or len(pack.targets), id
+
+
 def test_a_sample_is_the_same_in_any_company():
     samples = world_samples("draw_two", 4)
     together, alone = encoder().segments(samples), encoder().segments(samples[2:3])
@@ -311,6 +326,10 @@ def test_autoencoder_training_resumes_and_its_last_steps_leave_the_encoder_alone
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_understood(path: Path):
     assert read_recipe(path, ["train.steps=3"]).train.steps == 3
+
+
+def test_numbers_as_people_write_them():
+    assert read_recipe(RECIPES / "nano.yaml", ["train.schedule.lr=2e-5"]).train.schedule.lr == 2e-5
 
 
 def test_unknown_keys_name_the_nearest():
