@@ -159,7 +159,7 @@ def kill(life: Life, rng: random.Random) -> bool:
     if ended(life):
         return False
     pids = life.roots
-    pids += [pid for root in life.roots for pid in _descendants(root)]
+    pids += [pid for root in life.roots for pid in descendants(root)]
     rng.shuffle(pids)
     for pid in pids:
         try:
@@ -179,11 +179,11 @@ def watched(life: Life) -> Iterator[Life]:
         kill(life, random.Random(0))
 
 
-def _descendants(pid: int) -> Iterator[int]:
+def descendants(pid: int) -> Iterator[int]:
     for path in Path("/proc").glob(f"{pid}/task/*/children"):
         for child in path.read_text().split():
             yield int(child)
-            yield from _descendants(int(child))
+            yield from descendants(int(child))
 
 
 def until(condition: Callable[[], object], what: str) -> None:

@@ -121,6 +121,7 @@ class SplitAttention:
         self.order = sequence.attention_order
         self.inverse = None if self.order is None else torch.argsort(self.order)
         self.samples = sequence.spans
+        self.lengths = sequence.lengths
         self.caches = caches
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
@@ -129,8 +130,10 @@ class SplitAttention:
         if self.order is not None:
             q, k, v = (t.index_select(0, self.order) for t in (q, k, v))
         outputs: list[Tensor] = []
-        for index, spans in enumerate(self.samples):
-            outputs += self._sample(layer, index, spans, (q, k, v))
+        # split, not sliced: the gradient of a slice of the pack is a tensor as long as the pack
+        parts = zip(*(t.split(self.lengths) for t in (q, k, v)), strict=True)
+        for index, (spans, qkv) in enumerate(zip(self.samples, parts, strict=True)):
+            outputs += self._sample(layer, index, spans, qkv)
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return out if self.inverse is None else out.index_select(0, self.inverse)
 
@@ -141,9 +144,10 @@ class SplitAttention:
         if not spans:
             return []
         q, k, v = qkv
-        base = min(span.start for span in spans)
-        stop = max(span.start + span.length for span in spans)
-        k, v, cached = k[base:stop], v[base:stop], 0
+        stored = sorted(spans, key=lambda span: span.start)
+        base, cached = stored[0].start, 0
+        queries = q.split([span.length for span in stored])
+        query_of = {span.start: query for span, query in zip(stored, queries, strict=True)}
         if self.caches is not None:
             cached = len(self.caches[index])
             k, v = self.caches[index].join(layer, k, v)
@@ -156,9 +160,7 @@ class SplitAttention:
                 keys, values = k[:end], v[:end]
             else:
                 keys, values = torch.cat([k[:prefix], k[start:end]]), torch.cat([v[:prefix], v[start:end]])
-            outputs[span.start] = _span_attention(
-                q[span.start : span.start + span.length], keys, values, span.causal
-            )
+            outputs[span.start] = _span_attention(query_of[span.start], keys, values, span.causal)
             prefix = prefix if span.hidden else end
         return [outputs[start] for start in sorted(outputs)]
 

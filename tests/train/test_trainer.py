@@ -1,6 +1,7 @@
 """The training loop: it learns, resumes bit for bit, and takes the same steps on any number of ranks."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.resume import descendants
 from openbagel.config import nano
 from openbagel.data.samples import Sample, SampleId, decode, extent
 from openbagel.model.bagel import BagelModel
@@ -196,15 +198,15 @@ def test_two_ranks_killed_at_any_moment_resume_exactly(start: Path, tmp_path: Pa
     for lines in (1, 3, 6):
         process = run_apart(recipe(start, tmp_path / "cut", **halved), tmp_path, ranks=2)
         wait_for(tmp_path / "cut" / "metrics.jsonl", lines)
-        process.kill()
+        for pid in (process.pid, *descendants(process.pid)):
+            os.kill(pid, signal.SIGKILL)
         process.wait()
-        time.sleep(3)  # torchrun's children notice
     assert run_apart(recipe(start, tmp_path / "cut", **halved), tmp_path, ranks=2).wait(200) == 0
     ours, theirs = rows(tmp_path / "whole"), rows(tmp_path / "cut")
     assert [row["step"] for row in theirs] == list(range(8))
-    for name in ("ce", "mse"):
-        for mine, other in zip(ours, theirs, strict=True):
-            assert other[name] == pytest.approx(mine[name], rel=1e-5), name
+    for mine, other in zip(ours, theirs, strict=True):
+        losses = {name: value for name in ("ce", "mse") if (value := mine.get(name)) is not None}
+        assert {name: other[name] for name in losses} == pytest.approx(losses, rel=1e-5)
 
 
 def test_ema_lora_and_freezing_decide_what_a_run_keeps(start: Path, tmp_path: Path):
