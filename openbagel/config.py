@@ -272,7 +272,7 @@ def nano(vocab_size: int) -> BagelConfig:
             vae_limits=limits,
             vit_limits=limits,
             ask=Sampling(max_tokens=64, max_think_tokens=96),
-            draw=Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(5.0, interval=(0.0, 1.0))),
+            draw=Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(3.0, interval=(0.0, 1.0))),
             edit=Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(3.0, interval=(0.0, 1.0))),
         ),
     )
