@@ -12,7 +12,7 @@ more key, `dataset_info`, in the same YAML, or comes apart; relative paths start
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -124,11 +124,13 @@ def read_mixture(
     config: BagelConfig,
     dropout: Dropout,
     dataset_info: str | Path | Mapping[str, Any] | None = None,
+    tasks: Container[str] = TASKS,
 ) -> list[Group]:
     """The groups of a mixture YAML or its content; or of plain data: a file, or a folder of data sets.
 
-    Raises ValueError for unknown keys, names and tasks (the nearest valid one is named), missing or damaged
-    files, and picture sizes that do not fit the model.
+    Groups of other tasks than those asked for are left out unopened. Raises ValueError for unknown keys, names
+    and tasks (the nearest valid one is named), missing or damaged files, and picture sizes that do not fit
+    the model.
     """
     vit = config.settings.vit_limits if config.vit else None
     default = TaskSetting(codec=codec, vae=config.settings.vae_limits, vit=vit, dropout=dropout)
@@ -146,6 +148,8 @@ def read_mixture(
         try:
             args = from_json(GroupArgs, entry, name)
             task = args.task or name
+            if task in TASKS and task not in tasks:
+                continue
             setting = _fitted(default, name, task, args, config)
             known = {**(info.get(task) or {}), **(info.get(name) or {})}
             places = range(len(args.dataset_names))

@@ -252,7 +252,12 @@ def datasets(data: Data, checkpoint: Checkpoint) -> Sequence[Dataset]:
     config, codec = _sized(checkpoint.config, data), checkpoint.codec
     if data.mixture is not None:
         groups = read_mixture(
-            data.mixture, codec=codec, config=config, dropout=data.dropout, dataset_info=data.dataset_info
+            data.mixture,
+            codec=codec,
+            config=config,
+            dropout=data.dropout,
+            dataset_info=data.dataset_info,
+            tasks=[task for task, kind in KINDS.items() if data.ratios is None or data.ratios.get(kind)],
         )
         _share(groups, data.ratios)
     sets: list[Dataset] = [*groups]
@@ -287,7 +292,7 @@ def _share(groups: list[Group], ratios: dict[str, float] | None) -> None:
     for group in groups:
         of_kind.setdefault(KINDS[group.task], []).append(group)
     for kind, members in of_kind.items():
-        total = sum(group.weight for group in members)
+        total = sum(group.weight for group in members) or 1.0
         for group in members:
             group.weight *= ratios.get(kind, 0.0) / total
 

@@ -89,7 +89,7 @@ def test_the_base_of_adapters_may_have_four_bits(start: Path, tmp_path: Path):
 
 def test_alignment_trains_the_connector_alone(start: Path, data: Path, tmp_path: Path):
     said: list[str] = []
-    captions = {"data__mixture": str(data.parent / "vlm"), "data__world": None}
+    captions = {"data__mixture": str(data), "data__world": None}  # of all kinds, captions alone are drawn
     names = ("max_num_tokens", "expected_num_tokens", "max_num_tokens_per_sample")
     captions |= {f"data__packing__{name}": 256 for name in names}
     captions |= {"data__resolution__und": [64, 64]}
