@@ -128,9 +128,9 @@ def read_mixture(
 ) -> list[Group]:
     """The groups of a mixture YAML or its content; or of plain data: a file, or a folder of data sets.
 
-    Groups of other tasks than those asked for are left out unopened. Raises ValueError for unknown keys, names
-    and tasks (the nearest valid one is named), missing or damaged files, and picture sizes that do not fit
-    the model.
+    Groups of other tasks than those asked for are left out unopened. Raises ValueError for unknown keys,
+    names and tasks (the nearest valid one is named), missing or damaged files, and picture sizes that do not
+    fit the model.
     """
     vit = config.settings.vit_limits if config.vit else None
     default = TaskSetting(codec=codec, vae=config.settings.vae_limits, vit=vit, dropout=dropout)
