@@ -29,6 +29,8 @@ class ImageLimits:
     min_size: int
     stride: int
     max_pixels: int = 14 * 14 * 9 * 1024
+    square: bool = False
+    """Both sides become max_size, whatever the picture's shape, as the paper's alignment stage has it."""
 
     def fit(self, width: int, height: int, num_images: int = 1) -> tuple[int, int]:
         """(width, height) after resizing; the area limit is shared by num_images. Source:
@@ -37,6 +39,8 @@ class ImageLimits:
         The area correction multiplies the sides by a ratio of areas, as the reference does and the weights
         saw.
         """
+        if self.square:
+            return self._scaled((1, 1), self.max_size)
         scale = max(min(self.max_size / max(width, height), 1.0), self.min_size / min(width, height))
         size = self._scaled((width, height), scale)
         budget = self.max_pixels / num_images

@@ -38,7 +38,6 @@ from openbagel.config import (
 )
 from openbagel.images import ImageLimits, sincos_table
 from openbagel.model.bagel import BagelModel
-from openbagel.model.vae import AutoEncoder
 from openbagel.tokens import TextCodec
 
 GEN = "_moe_gen"
@@ -99,13 +98,11 @@ class JoinedTensors(weights.TensorFiles):
     one is, `wanted` what shape the model gives it. A tensor shares its memory with its twin.
     """
 
-    def __init__(
-        self, stored: Stored, wanted: dict[str, tuple[int, ...]], *, twins: dict[str, str], seed: int
-    ) -> None:
+    def __init__(self, stored: Stored, wanted: weights.Shapes, *, twins: dict[str, str], seed: int) -> None:
         super().__init__([])
         self.stored, self.wanted, self.twins, self.seed = stored, wanted, twins, seed
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> weights.Shapes:
         """Of every tensor that is stored or can be made; a stored one that the model lacks is among them."""
         made = {name: shape for name, shape in self.wanted.items() if self._is_made(name)}
         return made | {name: tuple(self[name].shape) for name in self.stored}
@@ -153,7 +150,7 @@ class Joined:
     parts: Parts
     config: BagelConfig
     tensors: JoinedTensors
-    vae: weights.TensorFiles | None
+    vae: weights.TensorFiles
     codec: TextCodec
 
     def load(self, *, device: torch.device | str = "cpu") -> weights.Checkpoint:
@@ -161,32 +158,28 @@ class Joined:
 
         ValueError lists every tensor that a part lacks, or stores and the model has no place for.
         """
-        with torch.device("meta"):
-            model = BagelModel(self.config)
-            autoencoder = AutoEncoder(self.config.vae) if self.config.vae else None
-        where = " with ".join(filter(None, (self.parts.llm, self.parts.vit)))
-        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        weights.fill(model, self.tensors, self.tensors.shapes(), where=where, **options)
+        where = " with ".join(filter(None, (self.parts.llm, self.parts.vit))), str(self.parts.vae)
+        stored = self.tensors, self.tensors.shapes()
+        model, autoencoder = weights.build(
+            self.config, stored, self.vae, dtype=torch.float32, device=device, where=where
+        )
         for name, parameter in model.named_parameters():
             if name in self.tensors.twins:
                 parameter.data = parameter.data.clone()  # the two are trained apart
-        if autoencoder and self.vae:
-            options["device"] = "cpu" if str(device) == "meta" else device
-            weights.fill(autoencoder, self.vae, self.vae.shapes(), where=str(self.parts.vae), **options)
-        return weights.Checkpoint(self.config, model.eval(), autoencoder and autoencoder.eval(), self.codec)
+        return weights.Checkpoint(self.config, model, autoencoder, self.codec)
 
 
 def join(parts: Parts) -> Joined:
     """Reads configurations, headers and the tokenizer; ValueError says which part cannot be used and why."""
     llm_files = weights.TensorFiles(weights.weight_files(Path(parts.llm)))
     vit_files = weights.TensorFiles(weights.weight_files(Path(parts.vit)) if parts.vit else [])
-    vae_files = weights.TensorFiles([Path(parts.vae)]) if parts.vae else None
+    vae_files = weights.TensorFiles([Path(parts.vae)] if parts.vae else [])
     codec = TextCodec.load(parts.llm)
     llm_fields = _read_fields(parts.llm, QWEN)
     config = BagelConfig(
         llm=_llm(parts, llm_fields, len(codec)),
         vit=_vit(parts) if parts.vit else None,
-        vae=_vae(vae_files, str(parts.vae)) if vae_files else None,
+        vae=_vae(vae_files, str(parts.vae)) if parts.vae else None,
         settings=official_settings(),
         **{name: getattr(parts, name) for name in weights.TOP_LEVEL},
     )

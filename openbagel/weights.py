@@ -60,6 +60,8 @@ TOP_LEVEL = (
     "connector_act",
     "interpolate_pos",
 )
+Shapes = dict[str, tuple[int, ...]]
+"""Of tensors, by name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +88,7 @@ class TensorFiles:
                 ) from None
             self.handles.update(dict.fromkeys(handle.keys(), handle))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Shapes:
         return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self.handles.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -94,7 +96,11 @@ class TensorFiles:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the transformer; averaged weights are preferred to the last ones."""
+    """The files that hold the transformer; averaged weights are preferred to the last ones. A file is its
+    own.
+    """
+    if folder.is_file():
+        return [folder]
     for name in MODEL_FILES:
         if (folder / name).is_file():
             return [folder / name]
@@ -128,7 +134,7 @@ def load_checkpoint(
     the file or folder that holds the transformer, if not the same folder in the usual order.
     """
     folder = Path(folder)
-    files = TensorFiles([weights] if weights and weights.is_file() else weight_files(weights or folder))
+    files = TensorFiles(weight_files(weights or folder))
     vae_files = TensorFiles(list(folder.glob(VAE_FILE)))
     shapes = files.shapes()
     config = read_config(folder, shapes, vae_files.shapes(), settings or {})
@@ -137,26 +143,37 @@ def load_checkpoint(
         shapes = {
             name: shape for name, shape in shapes.items() if not any(p in name for p in GENERATION_PARTS)
         }
+    where = str(folder), str(folder / VAE_FILE)
+    model, autoencoder = build(config, (files, shapes), vae_files, dtype=dtype, device=device, where=where)
+    return Checkpoint(config, model, autoencoder, TextCodec.load(folder))
+
+
+def build(
+    config: BagelConfig,
+    stored: tuple[TensorFiles, Shapes],
+    vae_files: TensorFiles,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    where: tuple[str, str],
+) -> tuple[BagelModel, AutoEncoder | None]:
+    """The model and the autoencoder (None without files), filled; `where` names the two in errors. On the
+    device "meta" the transformer alone stays without memory.
+    """
     with torch.device("meta"):
         model = BagelModel(config)
         autoencoder = AutoEncoder(config.vae) if config.vae and vae_files.handles else None
-    fill(model, files, shapes, dtype=dtype, device=device, where=str(folder))
+    fill(model, *stored, dtype=dtype, device=device, where=where[0])
     if autoencoder is not None:
-        fill(
-            autoencoder,
-            vae_files,
-            vae_files.shapes(),
-            dtype=dtype,
-            device="cpu" if str(device) == "meta" else device,
-            where=str(folder / VAE_FILE),
-        )
-    return Checkpoint(config, model.eval(), autoencoder and autoencoder.eval(), TextCodec.load(folder))
+        place = "cpu" if str(device) == "meta" else device
+        fill(autoencoder, vae_files, vae_files.shapes(), dtype=dtype, device=place, where=where[1])
+    return model.eval(), autoencoder and autoencoder.eval()
 
 
 def fill(
     module: nn.Module,
     files: TensorFiles,
-    shapes: dict[str, tuple[int, ...]],
+    shapes: Shapes,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
@@ -199,12 +216,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + (" …" if len(names) > LISTED else "")
 
 
-def read_config(
-    folder: Path,
-    shapes: dict[str, tuple[int, ...]],
-    vae_shapes: dict[str, tuple[int, ...]],
-    settings: Mapping[str, Any],
-) -> BagelConfig:
+def read_config(folder: Path, shapes: Shapes, vae_shapes: Shapes, settings: Mapping[str, Any]) -> BagelConfig:
     """Every per-model fact: config.json (overridden by settings), the two part files, tensor shapes, the 7B's
     values.
     """
@@ -234,7 +246,7 @@ def read_config(
     return from_json(BagelConfig, {**{key: fallback[key] for key in TOP_LEVEL}, **tree}, str(folder))
 
 
-def _facts_of_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def _facts_of_shapes(shapes: Shapes) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     layer = "language_model.model.layers.0."
     if layer + "self_attn.q_proj_moe_gen.weight" in shapes:
@@ -260,7 +272,7 @@ def _part(folder: Path, stored: dict[str, Any], name: str) -> dict[str, Any]:
     return read_json(path)
 
 
-def llm_fields_of(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def llm_fields_of(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     for key, value in FIXED_LLM_FIELDS.items():
         if fields.get(key, value) != value:
             raise ValueError(f"llm_config: {key}={fields[key]!r} is not supported, only {value!r}")
@@ -269,7 +281,7 @@ def llm_fields_of(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
     return {name: fields[name] for name in names} | {"qk_norm": qk_norm}
 
 
-def _vit_fields(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def _vit_fields(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     """The stored layer count may or may not include the layer that BAGEL drops; the tensors decide."""
     layers = {
         name.split(".layers.")[1].split(".")[0]
@@ -285,7 +297,7 @@ def _vit_fields(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> d
     return {name: fields[name] for name in names} | {"num_hidden_layers": len(layers) + 1}
 
 
-def vae_fields_of(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def vae_fields_of(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(VAEConfig)}
     known = {key: value for key, value in fields.items() if key in names}
     if not shapes:

@@ -234,3 +234,10 @@ def test_sincos_table_by_hand() -> None:
     assert entry[width // 4 + i].item() == pytest.approx(np.cos(column * angle))
     assert entry[width // 2 + i].item() == pytest.approx(np.sin(row * angle))
     assert entry[3 * width // 4 + i].item() == pytest.approx(np.cos(row * angle))
+
+
+@pytest.mark.parametrize("size", [(1000, 300), (20, 700), (378, 378)])
+def test_square_limits_ignore_the_shape(size: tuple[int, int]) -> None:
+    limits = ImageLimits(378, 378, 14, square=True)
+    assert limits.fit(*size) == (378, 378)
+    assert limits.resize(Image.new("RGB", size)).size == (378, 378)

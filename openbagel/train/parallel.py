@@ -37,6 +37,8 @@ from openbagel.weights import MAY_BE_MISSING, TensorFiles
 LAYERS = (Block, EncoderLayer)
 TIMEOUT_S = 1800.0
 """A collective that waits longer than this fails: some rank is gone."""
+ROOM = 0.9
+"""The share of a device's memory that a run may plan with."""
 
 
 class Ranks:
@@ -69,6 +71,13 @@ class Ranks:
     def new_group(self) -> Any:
         """A gloo group of all ranks, for a thread of its own; None for one process. All ranks call this."""
         return dist.new_group(backend="gloo", timeout=self.timeout) if dist.is_initialized() else None
+
+    def memory(self) -> int:
+        """Bytes that this rank may fill, of its card or of its share of the machine."""
+        if self.device.type == "cuda":
+            return int(ROOM * torch.cuda.get_device_properties(self.device).total_memory)
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(ROOM * whole) // int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, a new tensor."""
@@ -117,9 +126,9 @@ class Parallel:
     num_shard: int | None = None
     num_replicate: int = 1
     cpu_offload: bool = False
-    recompute: float = 0.0
+    recompute: float | None = None
     """Share of the layers, evenly spaced, whose activations are computed again in the backward pass: 0 none,
-    1 all (as the reference does), between them as many as memory asks for (`memory_estimate`).
+    1 all (as the reference does). None: so many as memory asks for, by `memory_estimate`.
     """
     precision: Precision = Precision.FLOAT32
 
@@ -147,7 +156,7 @@ def shard(model: BagelModel, parallel: Parallel, ranks: Ranks) -> BagelModel:
     if parallel.precision is Precision.PRODUCTS:
         bfloat16_products(model)
     _complete(model, always=ranks.size > 1)
-    _recompute(model, parallel.recompute)
+    _recompute(model, parallel.recompute or 0.0)
     if ranks.size > 1 or offload or parallel.precision is Precision.BFLOAT16:
         _fully_shard(model, parallel, ranks, fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy())
     elif not next(model.parameters()).is_meta:
@@ -347,7 +356,7 @@ def memory_estimate(
     width = llm.hidden_size
     block = b * (6 * width + 5 * heads + 4 * kv + 4 * llm.intermediate_size)
     block += 4 * (2 * width + heads + kv) * (b < 4)
-    again = round(len(blocks) * parallel.recompute)
+    again = round(len(blocks) * (parallel.recompute or 0.0))
     units = [*blocks, model.language_model.lm_head]
     largest = max(sum(p.numel() for p in unit.parameters()) for unit in units)
     return {

@@ -27,7 +27,7 @@ from openbagel.train.checkpoint import MANIFEST, Checkpoints, Stored
 from openbagel.train.guards import Start, banner, overfit_verdict
 from openbagel.train.latents import LatentCache, LatentEncoder
 from openbagel.train.metrics import say
-from openbagel.train.parallel import Ranks, materialise, memory_estimate, shard, stored_weights
+from openbagel.train.parallel import Parallel, Ranks, materialise, memory_estimate, shard, stored_weights
 from openbagel.train.previews import Previews
 from openbagel.train.recipe import Data, Origin, Recipe, read_recipe
 from openbagel.train.trainer import Place, Trainer
@@ -61,8 +61,8 @@ def train(recipe: Recipe, report: Callable[[str], None] = say) -> Path:
         ranks.close()
 
 
-def _silent(line: str) -> None:
-    assert line
+def _silent(_: str) -> None:
+    """Where only the first rank speaks."""
 
 
 def _train(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Path:
@@ -71,6 +71,8 @@ def _train(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2) + "\n", "utf-8")
     begin = _begin(recipe, ranks, report)
+    _mark(begin.checkpoint.model, recipe)
+    recipe = replace(recipe, parallel=_fitting(begin.checkpoint.model, recipe, ranks))
     model = _prepared(begin, recipe, ranks)
     report(_told(begin, recipe))
     report(_memory(model, recipe, ranks))
@@ -127,7 +129,7 @@ def _stored(origin: Origin, recipe: Recipe, device: str) -> Beginning:
         settings=origin.settings,
         weights=weights,
     )
-    files = TensorFiles([weights] if weights.is_file() else weight_files(weights))
+    files = TensorFiles(weight_files(weights))
     return Beginning(
         checkpoint, Start.CHECKPOINT, origin.checkpoint, stored_weights(files, checkpoint.config)
     )
@@ -172,8 +174,8 @@ def _nano(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Checkp
     return Checkpoint(model.config, model, autoencoder.eval(), TextCodec.load(folder))
 
 
-def _mark(model: BagelModel, recipe: Recipe) -> dict[str, Tensor]:
-    """Freezes what does not learn and binds adapters; returns their first values by name."""
+def _mark(model: BagelModel, recipe: Recipe) -> None:
+    """Freezes what does not learn and binds adapters."""
     training = recipe.train
     frozen = {"language_model": training.freeze.llm, "vit_model": training.freeze.vit}
     if not training.visual_und:
@@ -182,7 +184,7 @@ def _mark(model: BagelModel, recipe: Recipe) -> dict[str, Tensor]:
         if freeze and hasattr(model, name):
             getattr(model, name).requires_grad_(False)
     if recipe.lora is None:
-        return {}
+        return
     if training.freeze.und and recipe.lora.preset is not lora.Preset.GEN:
         raise ValueError(
             f"train.freeze.und leaves adapters of preset {recipe.lora.preset} without gradients; use gen"
@@ -190,16 +192,15 @@ def _mark(model: BagelModel, recipe: Recipe) -> dict[str, Tensor]:
     if recipe.quantise_base:
         lora.quantise_base(model)
     lora.bind(model, recipe.lora, generator=torch.Generator().manual_seed(training.seed))
-    return lora.initial(model, torch.Generator().manual_seed(training.seed))
 
 
 def _prepared(begin: Beginning, recipe: Recipe, ranks: Ranks) -> BagelModel:
-    """The model with what learns marked, adapters bound, and its parameters where they are trained."""
+    """The model with its parameters where they are trained."""
     model = begin.checkpoint.model
-    adapters = _mark(model, recipe)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     shard(model.train(), recipe.parallel, ranks)
     if on_meta:
+        adapters = lora.initial(model, torch.Generator().manual_seed(recipe.train.seed))
         read = begin.read
         materialise(model, lambda name: adapters[name] if name in adapters else read(name), ranks.device)
     return model
@@ -210,11 +211,22 @@ def _told(begin: Beginning, recipe: Recipe) -> str:
     return banner(begin.checkpoint.model, start=begin.start, source=begin.source, rank=rank)
 
 
+def _fitting(model: BagelModel, recipe: Recipe, ranks: Ranks) -> Parallel:
+    """How the run spreads its model; so many layers are recomputed as memory asks for, unless it says."""
+    if recipe.parallel.recompute is not None:
+        return recipe.parallel
+    layers, room = len(model.language_model.model.layers), ranks.memory()
+    choices = [replace(recipe.parallel, recompute=count / layers) for count in range(layers + 1)]
+    return next((c for c in choices if sum(_needed(model, recipe, c, ranks).values()) <= room), choices[-1])
+
+
+def _needed(model: BagelModel, recipe: Recipe, parallel: Parallel, ranks: Ranks) -> dict[str, int]:
+    tokens, eight_bit = recipe.data.packing.max_num_tokens, recipe.train.eight_bit
+    return memory_estimate(model, parallel, num_ranks=ranks.size, tokens=tokens, eight_bit=eight_bit)
+
+
 def _memory(model: BagelModel, recipe: Recipe, ranks: Ranks) -> str:
-    tokens = recipe.data.packing.max_num_tokens
-    kinds = memory_estimate(
-        model, recipe.parallel, num_ranks=ranks.size, tokens=tokens, eight_bit=recipe.train.eight_bit
-    )
+    kinds = _needed(model, recipe, recipe.parallel, ranks)
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in kinds.items() if size)
     return f"memory of each rank, estimated: {sum(kinds.values()) / 2**30:.2f} GiB ({listed})"
 
@@ -274,7 +286,9 @@ def _sized(config: BagelConfig, data: Data) -> BagelConfig:
     settings, resolution = config.settings, data.resolution
 
     def limits(size: tuple[int, int] | None, old: ImageLimits) -> ImageLimits:
-        return old if size is None else ImageLimits(size[1], size[0], old.stride, old.max_pixels)
+        if size is None:
+            return old
+        return replace(old, min_size=size[0], max_size=size[1], square=size[0] == size[1])
 
     vae, vit = limits(resolution.gen, settings.vae_limits), limits(resolution.und, settings.vit_limits)
     return replace(config, settings=replace(settings, vae_limits=vae, vit_limits=vit))

@@ -359,10 +359,12 @@ class Trainer(Loop):
             check_first(losses, self.model.config, self.place.start)
 
     def cursor(self) -> Cursor:
-        return merge_cursors(self.ranks.gather_objects(self.after))
+        cursors, skipped = zip(*self.ranks.gather_objects((self.after, self.skipped)), strict=True)
+        return {**merge_cursors(cursors), "skipped": sum(skipped)}
 
     def go_to(self, cursor: Cursor) -> None:
         self.loader.load_state_dict(cursor)
+        self.skipped = cursor["skipped"] if self.ranks.is_first else 0
         self.after, self.stream = self.loader.state_dict(), None
 
     def more(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from benchmarks.resume import descendants
 from openbagel.config import nano
-from openbagel.data.samples import Sample, SampleId, decode, extent
+from openbagel.data.samples import BadRow, Part, Sample, SampleId, decode, extent
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
 from openbagel.sequence import Packer, Text, VaeImage, VitImage
@@ -123,6 +124,40 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         changed = recipe(start, tmp_path / "cut", train__steps=steps, data__workers=workers, **options)
         train(changed, quiet)
     same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_layers_are_recomputed_only_when_memory_asks(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kept: dict[str, float] = {}
+    for name, room in {"roomy": 1 << 40, "tight": 0}.items():
+        monkeypatch.setattr(Ranks, "memory", lambda self, room=room: room)
+        said: list[str] = []
+        train(
+            recipe(start, tmp_path / name, data__packing__max_num_tokens=16384, train__steps=0), said.append
+        )
+        line = next(line for line in said if "activations" in line)
+        kept[name] = float(line.split("activations ")[1].split(",")[0].rstrip(")"))
+        train(recipe(start, tmp_path / f"{name} run"), quiet)
+    assert kept["tight"] < kept["roomy"]
+    same_run(tmp_path / "roomy run", tmp_path / "tight run")
+
+
+def test_the_count_of_skipped_samples_survives(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    parts = WorldDataset.parts
+
+    def damaged(self: WorldDataset, row: int, rng: random.Random) -> list[Part]:
+        if row % 8 == 3:
+            raise BadRow("as the test wants it")
+        return parts(self, row, rng)
+
+    monkeypatch.setattr(WorldDataset, "parts", damaged)
+    counts = {}
+    for name, stops in {"whole": (6,), "cut": (3, 6)}.items():
+        for steps in stops:
+            train(recipe(start, tmp_path / name, train__steps=steps, data__max_bad=0.5), quiet)
+        counts[name] = [row["skipped_samples"] for row in rows(tmp_path / name)]
+    assert counts["whole"] == counts["cut"] and counts["cut"][-1] > counts["cut"][0]
 
 
 def test_both_losses_fall(start: Path, tmp_path: Path):
