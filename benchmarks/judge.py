@@ -1,6 +1,6 @@
 """How often the judge of the toy world is right, and how often it refuses a wrong picture.
 
-    python -m benchmarks.judge --scenes 10000 --damaged 1000 --model nano
+    python -m benchmarks.judge --world full --scenes 10000 --damaged 1000 --model nano
 
 Every picture is judged by the strictest demand: all objects of the scene, each as and where it is, no others.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from openbagel.inference.pipeline import find_model
 from openbagel.weights import load_checkpoint
+from openbagel.world.exercise import Spec
 from openbagel.world.judge import judge, unmet
 from openbagel.world.render import render
-from openbagel.world.scene import GROUND_RGB, Look, Scene, Thing, World, find_place, nano_world
-from openbagel.world.tasks import Spec
+from openbagel.world.scene import GROUND_RGB, WORLDS, Look, Scene, Thing, World
 
 Redraw = Callable[[Tensor], Tensor]
 """Pictures to pictures, float[B, 3, side, side] in [0, 1]: an autoencoder, or a stand-in for one."""
@@ -32,9 +32,9 @@ def strict_spec(scene: Scene) -> Spec:
     return Spec(ground=scene.ground, kept=scene.things)
 
 
-def free_world() -> World:
-    """The nano world with its objects anywhere: the judge is not to rely on where they lie between pixels."""
-    return replace(nano_world(), cells=None)
+def free_world(name: str = "nano") -> World:
+    """A world with its objects anywhere: the judge is not to rely on where they lie between pixels."""
+    return replace(WORLDS[name](), cells=None)
 
 
 def sample_scenes(world: World, count: int, *, seed: int) -> list[Scene]:
@@ -85,8 +85,8 @@ def wrong_place(scene: Scene, world: World, rng: random.Random) -> Scene:
 
 def extra_object(scene: Scene, world: World, rng: random.Random) -> Scene:
     """One more object; where there is no room for it, the others make room."""
-    extra = world.sample_look(rng)
-    thing = find_place(rng, extra, scene.things)
+    extra = world.sample_look(rng, count=len(scene.things) + 1)
+    thing = world.find_place(rng, extra, scene.things)
     if thing is not None:
         return replace(scene, things=(*scene.things, thing))
     looks = [Look(thing.shape, thing.colour, thing.size) for thing in scene.things]
@@ -216,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--world", choices=WORLDS, default="nano")
     parser.add_argument("--scenes", type=int, default=10_000, help="pictures that are right")
     parser.add_argument("--damaged", type=int, default=1_000, help="pictures of each kind of damage")
     parser.add_argument("--seed", type=int, default=0)
@@ -224,7 +225,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    world = free_world()
+    world = free_world(options.world)
     scenes = sample_scenes(world, options.scenes, seed=options.seed)
     redraws: dict[str, Redraw] = {"as rendered": lambda pictures: pictures, "softened": soften}
     if options.model:

@@ -29,9 +29,11 @@ from openbagel.data.convert import Format, convert
 from openbagel.data.doctor import Examination, examine
 from openbagel.data.packing import Packing
 from openbagel.demo import sheet
+from openbagel.evals import curve
+from openbagel.evals.page import page
 from openbagel.evals.world import Plan, evaluate, report, table
 from openbagel.flow import Guidance, Renorm
-from openbagel.images import save_picture
+from openbagel.images import clip_writer, read_frames, save_picture
 from openbagel.inference.events import Event, Preview, Text, Thought
 from openbagel.inference.pipeline import Bagel, find_model
 from openbagel.lora import bound, load_adapter, merge
@@ -40,7 +42,6 @@ from openbagel.train.recipe import read_recipe
 from openbagel.train.stages import dry_step, open_run, train
 from openbagel.weights import describe, load_checkpoint, save_checkpoint
 from openbagel.world.dataset import write_example
-from openbagel.world.tasks import TASKS
 
 
 def option(help: str, default: Any = None, **argument: Any) -> Any:
@@ -182,6 +183,41 @@ class Edit(ModelOptions, SamplingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Video(ModelOptions, SamplingOptions):
+    """continue a clip, or film a prompt"""
+
+    frames: list[str] | None = option(
+        positional=True, help="the clip's first frames: picture, GIF or video files", nargs="*"
+    )
+    prompt: str | None = option("what happens in the clip")
+    num_frames: int = option("frames to draw", 10)
+    fps: float = option("frames a second of the file", 4.0)
+    include_given: bool = option("put the given frames before the drawn ones", False)
+    output: Path = option("a GIF or MP4 file", Path("out.gif"), short="-o")
+    size: tuple[int, int] | None = option("of the frames in pixels", metavar="WIDTHxHEIGHT", type=size_of)
+
+    def run(self) -> None:
+        if self.think:
+            raise ValueError("--think has no effect on clips; leave it out")
+        if not (self.frames or self.prompt):
+            raise ValueError("nothing to film: give FRAMES, --prompt TEXT, or both")
+        write = clip_writer(self.output, self.fps)
+        given = [frame for path in self.frames or [] for frame in read_frames(Path(path))]
+        bagel = self.load()
+        settings = bagel.config.settings
+        sampling = self.over(settings.edit if given and self.prompt else settings.draw)
+        groups = -(-self.num_frames // settings.video_group)
+        with progress(groups * (sampling.num_timesteps - 1)) as bar:
+            camera = bagel.using(sampling, listen=lambda event: bar.update(isinstance(event, Preview)))
+            drawn = camera.continue_video(
+                given, self.num_frames, prompt=self.prompt, size=self.size, seed=self.seed
+            )
+        shown = [frame.resize(drawn[0].size) for frame in given] if self.include_given else []
+        write([*shown, *drawn])
+        print(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info:
     """say what a model is, without loading its weights"""
 
@@ -195,13 +231,17 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(ModelOptions):
-    """draw, answer, edit and think on one sheet"""
+    """draw, answer, edit, think, and all else that the model learned, on one sheet"""
 
-    output: Path = option("the PNG file", Path("demo/sheet.png"), short="-o")
+    output: Path = option("the PNG file; a clip is put beside it", Path("demo/sheet.png"), short="-o")
 
     def run(self) -> None:
-        bagel = self.load()
-        keep(sheet(bagel, report=lambda line: print(line, flush=True)), self.output)
+        picture, clip = sheet(self.load(), report=lambda line: print(line, flush=True))
+        keep(picture, self.output)
+        if clip:
+            beside = self.output.with_name("clip.gif")
+            clip_writer(beside, fps=4.0)(clip)
+            print(beside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,33 +249,66 @@ class Eval(ModelOptions):
     """score a model; suite: world"""
 
     suite: str = option(positional=True, help="which benchmark", choices=("world",))
-    kinds: list[str] | None = option("kinds of tasks; default: all", nargs="+")
+    kinds: list[str] | None = option("kinds of tasks; default: all that the model's world has", nargs="+")
     samples: int = option("examples of each kind", 50)
-    held_out: bool = option("only examples with held-out pairs of shape and colour", False)
+    world: str | None = option("nano or full; default: the one that the model was trained on")
+    held_out: bool = option("only examples with something held out, such as pairs of shape and colour", False)
     think: bool = option("let the model think first", False)
-    output: Path | None = option("a JSON file with every verdict", short="-o")
+    output: Path | None = option("a JSON file with every verdict; an HTML page is put beside it", short="-o")
 
     def run(self) -> None:
-        for kind in self.kinds or []:
-            if kind not in TASKS:
-                raise ValueError(f"unknown kind {kind!r}{nearest(kind, TASKS)}; there are {', '.join(TASKS)}")
-        plan = Plan(
-            kinds=tuple(self.kinds or TASKS), samples=self.samples, held_out=self.held_out, think=self.think
-        )
         bagel = self.load()
+        plan = Plan(
+            kinds=tuple(self.kinds or ()),
+            samples=self.samples,
+            world=self.world,
+            held_out=self.held_out,
+            think=self.think,
+        ).for_model(bagel)
         with progress(len(plan.kinds) * plan.samples, unit="example") as bar:
             records = list(evaluate(bagel, plan, bar.update))
         print(table(records))
         if self.output is not None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.output.write_text(json.dumps(report(records, plan, self.model), indent=1) + "\n", "utf-8")
+            told = report(records, plan, bagel, self.model)
+            self.output.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+            beside = self.output.with_suffix(".html")
+            beside.write_text(page(records, f"{self.model} in world {plan.world}"), "utf-8")
+            print(self.output, beside, sep="\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCurve:
+    """score the checkpoints of a training run and draw when each ability emerges"""
+
+    run_folder: Path = option(positional=True, help="a folder that `openbagel train` wrote", metavar="RUN")
+    output: Path | None = option("the PNG file, its numbers beside it; default: RUN/curve.png", short="-o")
+    kinds: list[str] | None = option("kinds of tasks; default: all that the model's world has", nargs="+")
+    samples: int = option("examples of each kind", 50)
+    weights: str = option("the averaged weights or the last ones", "ema", choices=("ema", "model"))
+    device: str | None = option("cpu, cuda, cuda:1, mps; default: CUDA if there is one")
+
+    def run(self) -> None:
+        output = self.output or self.run_folder / "curve.png"
+        plan = Plan(kinds=tuple(self.kinds or ()), samples=self.samples)
+        points = curve.score(self.run_folder, plan, self.load, output.with_suffix(".json"), print)
+        print(curve.table(points))
+        print(curve.draw(points, output))
+
+    def load(self, folder: Path) -> Bagel:
+        checkpoint = open_run(folder, self.weights)
+        assert checkpoint is not None
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for part in filter(None, (checkpoint.model, checkpoint.autoencoder)):
+            part.to(device)
+        return Bagel(checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """train a model from a recipe"""
 
-    recipe: str = option(positional=True, help="a YAML file, for example recipes/nano.yaml")
+    recipe: str = option(positional=True, help="a YAML file, for example recipes/nano_finetuning.yaml")
     overrides: list[str] = option(
         positional=True, help="keys to change, for example model.steps=200", nargs="*", metavar="KEY=VALUE"
     )
@@ -344,9 +417,10 @@ class DataExample:
 
 
 VERBS: dict[str, type] = {
-    verb.__name__.lower(): verb for verb in (Generate, Ask, Edit, Info, Demo, Eval, Train, Convert)
+    verb.__name__.lower(): verb for verb in (Generate, Ask, Edit, Video, Info, Demo, Eval, Train, Convert)
 }
 VERBS |= {
+    "eval curve": EvalCurve,
     "train plot": TrainPlot,
     "data doctor": DataDoctor,
     "data convert": DataConvert,

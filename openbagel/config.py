@@ -132,6 +132,11 @@ class ModelSettings:
     edit: Sampling
     ask: Sampling
     draws_by_itself: bool
+    """Whether it was trained on markers, so that it knows when to write and when to draw."""
+    video_group: int = 4
+    """Frames of a clip that are drawn together, at one time and in full attention."""
+    world: str | None = None
+    """The toy world it was trained on, if any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +273,7 @@ def nano(vocab_size: int) -> BagelConfig:
         interpolate_pos=False,
         settings=replace(
             official_settings(),
+            video_group=10,
             size=(64, 64),
             vae_limits=limits,
             vit_limits=limits,

@@ -1,10 +1,16 @@
-"""One sheet of what a model does: drawings, questions with answers, edits before and after, a thought."""
+"""One sheet of what a model does: drawings, answers, edits, a thought, a story, a clip, a walk."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from openbagel.inference.pipeline import Bagel
+from openbagel.world.exercise import Said, Shown
+from openbagel.world.render import render_picture
+from openbagel.world.samples import world_named
+from openbagel.world.scene import World
+from openbagel.world.tasks import example
 
 PROMPTS = (
     "a red circle",
@@ -22,6 +28,8 @@ QUESTIONS = (
 )
 EDITS = ("make the green circle red", "remove the yellow square", "add a blue triangle")
 THINKING = "a blue circle and a red square"
+SEED = 1_000_003
+"""Of exercises that no run has seen."""
 
 CELL, MARGIN, TEXT = 192, 16, 17
 INK, QUIET, PAPER, LINE = (25, 28, 35), (105, 112, 125), (250, 250, 248), (215, 216, 214)
@@ -29,16 +37,19 @@ INK, QUIET, PAPER, LINE = (25, 28, 35), (105, 112, 125), (250, 250, 248), (215, 
 
 Tile = tuple[Image.Image | None, str]
 """A picture (or none) and the caption under it."""
+Row = tuple[str, Sequence[Tile]]
 
 
-def sheet(bagel: Bagel, report: Callable[[str], None]) -> Image.Image:
-    """Draws, asks, edits and thinks with fixed prompts and seeds; report gets a line on each."""
+def sheet(bagel: Bagel, report: Callable[[str], None]) -> tuple[Image.Image, list[Image.Image]]:
+    """Draws, asks, edits and thinks with fixed prompts and seeds; report gets a line on each.
+
+    A model that says which world it was trained on also edits in turns, tells a story (if it decides by
+    itself when to draw), films and walks. Returns the sheet, and the clip's frames (none if it made none).
+    """
     report(f"drawing {len(PROMPTS)} pictures")
     pictures = bagel.generate(list(PROMPTS), seed=0)
     scene = pictures[2]
-    rows: list[tuple[str, list[Tile]]] = [
-        ("Text to image", [(p, prompt) for p, prompt in zip(pictures, PROMPTS, strict=True)])
-    ]
+    rows: list[Row] = [("Text to image", list(zip(pictures, PROMPTS, strict=True)))]
     answers: list[Tile] = []
     for question in QUESTIONS:
         answer = bagel.ask(scene, question)
@@ -54,10 +65,54 @@ def sheet(bagel: Bagel, report: Callable[[str], None]) -> Image.Image:
     planned = bagel.generate(THINKING, seed=0, think=True)
     thought = (None, f"{THINKING}\n<think> {planned.info['thought']} </think>")
     rows.append(("Thinking before drawing", [thought, (planned, "drawn after the thought")]))
-    return compose(rows)
+    settings, clip = bagel.config.settings, list[Image.Image]()
+    if settings.world is not None:
+        world = world_named(settings.world)
+        rows.append(("Editing in turns", _in_turns(bagel, [scene, *EDITS], report)))
+        if settings.draws_by_itself:
+            rows.append(("A story", _story(bagel, _given(world, "tell_story"), report)))
+        given = _given(world, "film_move")
+        report("filming 10 frames")
+        clip = [*given, *bagel.continue_video(given, 10)]
+        shown = [(clip[i], f"frame {i + 1}{', given' * (i < len(given))}") for i in (0, 2, 3, 5, 8, 12)]
+        rows.append(("A clip", shown))
+        rows.append(("A walk over a map", _in_turns(bagel, _given(world, "walk_map"), report)))
+    return compose(rows), [frame.resize((CELL, CELL), Image.Resampling.NEAREST) for frame in clip]
 
 
-def compose(rows: Sequence[tuple[str, Sequence[Tile]]]) -> Image.Image:
+def _given(world: World, kind: str) -> list[Any]:
+    """The words and pictures that an unseen exercise gives."""
+    steps = [step for step in example(world, SEED, 0, kind).steps if isinstance(step, Said | Shown)]
+    return [step.words if isinstance(step, Said) else render_picture(step.view, world.side) for step in steps]
+
+
+def _in_turns(bagel: Bagel, given: Sequence[Any], report: Callable[[str], None]) -> list[Tile]:
+    """A picture and what is said about it, one after the other; each drawing is made of all before it."""
+    start, *instructions = given
+    heard, tiles = [start], [(start, "before")]
+    for instruction in instructions:
+        report(instruction)
+        picture, *_ = bagel.chat([*heard, instruction], reply="image", seed=1)
+        heard += [instruction, picture]
+        tiles.append((picture, f"then: {instruction}"))
+    return tiles
+
+
+def _story(bagel: Bagel, given: Sequence[Any], report: Callable[[str], None]) -> list[Tile]:
+    """What the model writes stands under the picture that follows, the end alone."""
+    report(given[0])
+    tiles: list[Tile] = [(None, given[0])]
+    words = ""
+    for part in bagel.chat(given, reply="auto", max_parts=10):
+        if isinstance(part, str):
+            words = f"{words} {part}".strip()
+        else:
+            tiles.append((part, words))
+            words = ""
+    return [*tiles, (None, words)] if words else tiles
+
+
+def compose(rows: Sequence[Row]) -> Image.Image:
     """Titled rows of captioned pictures on one canvas."""
     title, text = ImageFont.load_default(size=22), ImageFont.load_default(size=TEXT)
     columns = max(len(tiles) for _, tiles in rows)

@@ -4,21 +4,25 @@ table.
 Shapes: H, W pixels; h, w patches; C channels of a pixel; p pixels of a patch side; D width of the model.
 """
 
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 MAX_PICTURE_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+MAX_FRAMES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,81 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         picture.save(path, pnginfo=notes)
     else:
         picture.save(path)
+
+
+def read_frames(path: Path) -> list[Image.Image]:
+    """The RGB frames of a video or GIF file, or of a still picture; raises as `open_picture` does."""
+    if path.suffix.lower() in VIDEOS:
+        with open_video(path) as container:
+            pictures = (frame.to_image() for frame in container.decode(video=0))
+            frames = list(itertools.islice(pictures, MAX_FRAMES + 1))
+    else:
+        with _header(path) as picture:
+            frames = [
+                _rgb(frame) for frame in itertools.islice(ImageSequence.Iterator(picture), MAX_FRAMES + 1)
+            ]
+    if len(frames) > MAX_FRAMES:
+        raise ValueError(f"{path} has more than {MAX_FRAMES} frames; cut it to the last few")
+    return frames
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[Any]:
+    """A PyAV container; what fails inside is told as the file's fault."""
+    av = _av("reading videos")
+    if not path.is_file():
+        raise ValueError(f"no such video: {path}; give the path of a video file")
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read as a video ({error}); get a complete copy of it") from None
+
+
+def _av(purpose: str) -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ValueError(f"{purpose} needs PyAV: pip install 'openbagel[video]'") from None
+    return av
+
+
+def clip_writer(path: Path, fps: float) -> Callable[[Sequence[Image.Image]], None]:
+    """What writes frames of one size to a GIF or MP4 file, as its suffix says, its folder first.
+
+    ValueError at once when the suffix or fps are impossible, or PyAV is missing.
+    """
+    writers = {".gif": _write_gif, ".mp4": _write_mp4}
+    if path.suffix.lower() not in writers:
+        raise ValueError(f"{path} is no clip; end its name with .gif or .mp4")
+    if not 0 < fps <= 100:
+        raise ValueError(f"fps {fps} must be above 0 and at most 100")
+    if path.suffix.lower() == ".mp4":
+        _av("writing MP4 files")
+
+    def write(frames: Sequence[Image.Image]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writers[path.suffix.lower()](frames, path, fps)
+
+    return write
+
+
+def _write_gif(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
+    first, *others = frames
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+
+
+def _write_mp4(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
+    """H.264 with every second colour sample, as every player reads it; an odd last row or column is cut."""
+    av = _av("writing MP4 files")
+    width, height = (side // 2 * 2 for side in frames[0].size)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, "yuv420p", {"crf": "12"}
+        for frame in frames:
+            cut = frame.convert("RGB").crop((0, 0, width, height))
+            container.mux(stream.encode(av.VideoFrame.from_image(cut)))
+        container.mux(stream.encode())
 
 
 def patchify(image_CHW: Tensor, patch: int) -> Tensor:

@@ -33,9 +33,13 @@ PINNED = {
     "generate": MODEL | SAMPLING | {"--prompts", "--output", "-o", "--num", "--size"},
     "ask": MODEL | SAMPLING,
     "edit": MODEL | SAMPLING | {"--output", "-o", "--size"},
+    "video": MODEL
+    | SAMPLING
+    | {"--prompt", "--num-frames", "--fps", "--include-given", "--size", "--output", "-o"},
     "info": set(),
     "demo": MODEL | {"--output", "-o"},
-    "eval": MODEL | {"--kinds", "--samples", "--held-out", "--think", "--output", "-o"},
+    "eval": MODEL | {"--kinds", "--samples", "--world", "--held-out", "--think", "--output", "-o"},
+    "eval curve": {"--output", "-o", "--kinds", "--samples", "--weights", "--device"},
     "train": set(),
     "train plot": {"--output", "-o", "--smoothing"},
     "convert": {"--lora", "--weights", "--dtype", "--shard-gb"},
@@ -198,6 +202,7 @@ def test_eval_repeats_to_the_sample(tmp_path: Path, capsys: pytest.CaptureFixtur
         kinds = ["--kinds", "ask_colour", "ask_exists", "--samples", "3"]
         assert cli.main(["eval", "world", *kinds, "-o", str(path)]) == 0
         reports.append(json.loads(path.read_text("utf-8")))
+        assert "<article " in path.with_suffix(".html").read_text("utf-8")
     assert reports[0] == reports[1]
     assert len(reports[0]["records"]) == 6
     assert "95 % interval" in capsys.readouterr().out

@@ -1,12 +1,16 @@
 """The demonstration sheet."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageFont
 
 from openbagel import cli
-from openbagel.demo import CELL, MARGIN, compose, wrapped
+from openbagel.config import Sampling
+from openbagel.demo import CELL, MARGIN, compose, sheet, wrapped
+from openbagel.inference.pipeline import Bagel
 
 
 def test_rows_of_tiles_are_laid_out():
@@ -21,6 +25,20 @@ def test_captions_break_between_words():
     lines = wrapped("a rather long caption of several words\nand a second paragraph", font, 120)
     assert " ".join(lines) == "a rather long caption of several words and a second paragraph"
     assert len(lines) > 3 and all(font.getlength(line) <= 120 for line in lines)
+
+
+@pytest.mark.parametrize("knows", [{}, {"world": "nano"}, {"world": "full", "draws_by_itself": True}])
+def test_a_model_shows_what_it_learned(knows: dict[str, Any]):
+    bagel = Bagel.load("nano", device="cpu")
+    bagel.config = replace(bagel.config, settings=replace(bagel.config.settings, **knows))
+    quick = bagel.using(Sampling(num_timesteps=2, max_tokens=4, max_think_tokens=4))
+    said: list[str] = []
+    picture, clip = sheet(quick, said.append)
+    assert len(clip) == (13 if knows else 0) and all(frame.size == (CELL, CELL) for frame in clip)
+    rows = 4 + 3 * ("world" in knows) + ("draws_by_itself" in knows)
+    one_row = compose([("Row", [(None, "words")])]).height - MARGIN
+    assert picture.height == MARGIN + rows * one_row
+    assert ("filming 10 frames" in said) == bool(knows)
 
 
 @pytest.mark.slow

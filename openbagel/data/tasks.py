@@ -1,7 +1,8 @@
 """What a row of data means: a task turns its fields into parts, nothing decoded.
 
-A picture field holds encoded bytes, a path relative to the data set's folder, or a Hugging Face struct
-{bytes, path}. Order and dropouts follow the reference; what it never released follows the paper (§2.3, §3.3).
+A picture field holds encoded bytes, a path relative to the data set's folder, a Hugging Face struct {bytes,
+path}, or a `Picture` in memory. Order and dropouts follow the reference; what it never released follows
+the paper (§2.3, §3.3).
 """
 
 import json
@@ -59,6 +60,8 @@ class TaskSetting:
     """video_interleaved: n groups are drawn with a weight of group_decay^(n - 1)."""
     noisy_history: float = 0.5
     """video_interleaved: how often the frames before the last group are noised (diffusion forcing)."""
+    copies: int = 1
+    """Noised copies of a lone picture that is learned, each at its own time."""
 
     def drops(self, probability: float) -> bool:
         return self.rng.random() < probability
@@ -82,7 +85,7 @@ class TaskSetting:
         return [*clean, *(self.seen(None if self.drops(self.dropout.vit) else p) for p in pictures)]
 
     def target(self, picture: Picture) -> Draw:
-        return Draw((picture,), self.vae, Role.TARGET)
+        return Draw((picture,), self.vae, Role.TARGET, copies=self.copies)
 
     def picture(self, value: Any, name: str) -> Picture:
         return picture_in(self.folder, value, name)
@@ -113,6 +116,8 @@ def picture_in(folder: Path, value: Any, name: str, *, whole: bool = False) -> P
 
     BadRow naming the field and the remedy when it is missing, no picture or damaged.
     """
+    if isinstance(value, Picture):
+        return value
     content = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     content = folder / content if isinstance(content, str | Path) else content
     if not isinstance(content, bytes | Path):
@@ -275,7 +280,7 @@ def interleaved_und(row: Row, setting: TaskSetting) -> list[Part]:
 
     Texts are learned, pictures are looked at.
     """
-    items = _document({**row, "captions": None}, setting)
+    items = [item for item, _ in _document({**row, "captions": None}, setting)]
     count = sum(isinstance(item, Picture) for item in items)
     parts = [setting.text(i, loss=True) if isinstance(i, str) else setting.seen(i, count) for i in items]
     return _learnable([*parts], "texts")
@@ -287,45 +292,58 @@ def web_interleaved(row: Row, setting: TaskSetting) -> list[Part]:
     text [caption] picture text …: a picture is learned, then seen clean by what follows; one that begins the
     row is only given. Texts may be dropped, or with `text_loss` are learned and stay; without it what follows
     the last picture is left out.
+
+    Optional: `learned`, a list that says of each place whether the model makes it. If it writes texts and
+    ends with a picture, that is seen clean too, and the end after it is learned.
     """
     items = _document(row, setting)
-    if not setting.text_loss:
-        items = items[: max((i + 1 for i, item in enumerate(items) if isinstance(item, Picture)), default=0)]
+    writes = any(learned and isinstance(item, str) for item, learned in items)
+    while items and not writes and isinstance(items[-1][0], str):
+        items.pop()
+    ends = bool(writes and row.get("learned") and isinstance(items[-1][0], Picture))
     parts: list[Part] = []
-    for index, item in enumerate(items):
+    for index, (item, learned) in enumerate(items, 1):
         if isinstance(item, str):
-            parts += [setting.text(item, loss=True)] if setting.text_loss else setting.prompt(item)
+            parts += [setting.text(item, loss=True)] if learned else setting.prompt(item)
             continue
-        parts += [setting.target(item)] if index else []
-        parts += setting.condition([item]) if index < len(items) - 1 else []
+        parts += [setting.target(item)] if learned else []
+        parts += setting.condition([item]) if ends or index < len(items) else []
+    if ends and setting.codec.end_of_text is not None:
+        parts.append(Text((setting.codec.end_of_text,), loss=True, bare=True))
     return _learnable(parts, "images")
 
 
-def _document(row: Row, setting: TaskSetting) -> list[str | Picture]:
-    """Texts, captions and pictures in order, a caption before its picture; empty texts are left out."""
+def _document(row: Row, setting: TaskSetting) -> list[tuple[str | Picture, bool]]:
+    """Texts, captions and pictures in order, a caption before its picture, each with whether it is learned;
+    empty texts are left out.
+    """
     texts = _list(row, "texts")
     images = _list(row, "images", len(texts))
     captions = _list(row, "captions", len(texts)) if row.get("captions") else [None] * len(texts)
-    items: list[str | Picture] = []
+    flags = _list(row, "learned", len(texts)) if row.get("learned") else [None] * len(texts)
+    items: list[tuple[str | Picture, bool]] = []
     for place, (words, image, caption) in enumerate(zip(texts, images, captions, strict=True)):
         if (words is None) == (image is None):
             raise BadRow(f"fields 'texts' and 'images' at {place}: write null in one of the two")
-        said = caption if words is None else words
+        said, flag = caption if words is None else words, flags[place]
         if said is not None and _words(said, f"texts[{place}]").strip():
-            items.append(said)
+            items.append((said, setting.text_loss if flag is None else flag and words is not None))
         if image is not None:
-            items.append(setting.picture(image, f"images[{place}]"))
+            picture = setting.picture(image, f"images[{place}]")
+            items.append((picture, bool(items) if flag is None else bool(flag)))
     return items
 
 
 def video_interleaved(row: Row, setting: TaskSetting) -> list[Part]:
     """`frames` (a list) or `video` (a path), and `captions` of the change from each frame to the next.
 
-    Optional: `caption` of the first frame, `frame_step`, the rotary positions from a frame to the next of its
-    group (1). Consecutive frames are grouped at random; captions of changes into and inside a group stand
-    before it. The last group is always learned. Those before it are given clean (a lone frame that something
-    precedes is learned first, as in an edit), or all are noised and learned. Without captions the sampler
-    chooses the frames of a video.
+    Optional: `caption` of the first frame; `frame_step`, the rotary positions from a frame to the next of its
+    group (1); `given`, so many first frames that are one clean group and never learned.
+
+    The other frames are grouped at random; captions of changes into and inside a group stand before it. The
+    last group is always learned. Those before it are given clean (a lone frame that something precedes is
+    learned first, as in an edit), or all are noised and learned. With `given` a clean history ends after any
+    group, so that each is learned after it. Without captions the sampler chooses the frames of a video.
     """
     changes = _list(row, "captions") if row.get("captions") else []
     if row.get("frames"):
@@ -333,24 +351,28 @@ def video_interleaved(row: Row, setting: TaskSetting) -> list[Part]:
     else:
         frames = setting.video(row, len(changes) + 1 if changes else None)
     leads = [row.get("caption"), *(changes and _list(row, "captions", len(frames) - 1))]
-    step = row.get("frame_step") or 1
+    step, given = row.get("frame_step") or 1, row.get("given") or 0
     if not (isinstance(step, int) and step > 0):
         raise BadRow(f"field 'frame_step' is {_short(step)}; write a whole number above 0")
+    if not (isinstance(given, int) and 0 <= given < len(frames)):
+        raise BadRow(f"field 'given' is {_short(given)}; write a number below that of frames, {len(frames)}")
     noisy = setting.drops(setting.noisy_history)
+    sizes = random_groups(len(frames) - given, setting.rng, setting.group_decay)
+    if row.get("given") is not None and not noisy:
+        sizes = sizes[: setting.rng.randint(1, len(sizes))]
     parts: list[Part] = []
-    first = 0
-    for size in random_groups(len(frames), setting.rng, setting.group_decay):
+    first, stop = 0, given + sum(sizes)
+    for size in [given, *sizes] if given else sizes:
         end = first + size
         before = [words for words in leads[first:end] if words is not None]
         for words in before:
             parts += setting.prompt(_words(words, "captions"))
-        last, alone = end == len(frames), size == 1
-        if alone and (last or (not noisy and (first or before))):
+        kept, alone = end <= given or (end < stop and not noisy), size == 1
+        if alone and end > given and (end == stop or (kept and (first or before))):
             parts.append(setting.target(frames[first]))
-        elif noisy or last:
+        elif not kept:
             parts.append(Draw(tuple(frames[first:end]), setting.vae, Role.GROUP, step))
-        if not (noisy or last):
-            parts += setting.condition(frames[first:end], step)
+        parts += setting.condition(frames[first:end], step) if kept else []
         first = end
     return parts
 
@@ -406,4 +428,6 @@ def guess_task(row: Row) -> str:
     sign = next((sign for sign in SIGNS if sign in given), None)
     if sign is None:
         raise ValueError(f"no task reads the fields {sorted(given)}; expected one of {', '.join(SIGNS)}")
-    return "interleaved_und" if sign == "texts" and "captions" not in given else SIGNS[sign].__name__
+    if sign == "texts" and not given & {"captions", "learned"}:
+        return interleaved_und.__name__
+    return SIGNS[sign].__name__

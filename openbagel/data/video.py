@@ -1,17 +1,16 @@
 """Frames of a video file (PyAV), decoded only when wanted."""
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from openbagel.config import nearest
 from openbagel.data.samples import Picture
+from openbagel.images import open_video
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +70,7 @@ def video_header(path: Path) -> tuple[int, tuple[int, int]]:
 
     ValueError when the file is missing or damaged.
     """
-    with _opened(path) as container:
+    with open_video(path) as container:
         stream = container.streams.video[0]
         count = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
         return count, (stream.codec_context.width, stream.codec_context.height)
@@ -80,24 +79,10 @@ def video_header(path: Path) -> tuple[int, tuple[int, int]]:
 @lru_cache(maxsize=2)
 def _decoded(path: Path, indices: tuple[int, ...]) -> list[Image.Image]:
     found = {}
-    with _opened(path) as container:
+    with open_video(path) as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index in indices:
                 found[index] = frame.to_image()
             if index == indices[-1]:
                 return [found[index] for index in indices]
     raise ValueError(f"{path} is truncated: it has no frame {indices[-1]}; get a complete copy of it")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        import av
-        from av.error import FFmpegError
-    except ImportError:
-        raise ValueError("reading videos needs PyAV: pip install 'openbagel[video]'") from None
-    try:
-        with av.open(str(path)) as container:
-            yield container
-    except (FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as a video ({error}); get a complete copy of it") from None

@@ -1,90 +1,287 @@
-"""The toy world's own benchmark: unseen scenes, exact verdicts, held-out pairs apart."""
+"""The toy world's own benchmark: unseen exercises, exact verdicts, held-out ones apart.
 
+An exercise is a conversation. What is given is heard; what the model writes is compared word for word, what
+it draws is judged, what it films is measured; and its own texts and pictures go on in the conversation.
+"""
+
+import io
+import itertools
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
 from PIL import Image
 
 import openbagel
-from openbagel.config import to_json
+from openbagel.config import nearest, to_json
 from openbagel.inference.engine import Request
 from openbagel.inference.pipeline import Answer, Bagel
-from openbagel.world.judge import judge
+from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Thinks, Writes
+from openbagel.world.judge import judge, locate
+from openbagel.world.motion import score_clip, turned_frame
 from openbagel.world.render import render_picture
-from openbagel.world.scene import World, nano_world
-from openbagel.world.tasks import TASKS, Example, example
+from openbagel.world.samples import world_named
+from openbagel.world.scene import Scene, View, World
+from openbagel.world.tasks import TASKS, example
+from openbagel.world.tell import as_told
 
 SEED = 1_000_003
 """Far from every seed that training uses."""
 BATCH = 16
+CLOSE = 0.12
+"""How far, as a share of the way that they go, objects of a right clip may be from where they should be."""
+TURN_SEEDS = 1_000_003
+"""Between the seed of one turn and that of the next; an example's first seed is its index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is asked: so many examples of each kind, with held-out pairs or without, thinking or not."""
+    """What is asked: so many examples of each kind (none named: all that there are), with what is held out
+    or without, thinking or not, in a world or the model's own.
+    """
 
-    kinds: tuple[str, ...] = tuple(TASKS)
+    kinds: tuple[str, ...] = ()
     samples: int = 50
     held_out: bool = False
     think: bool = False
     seed: int = SEED
+    world: str | None = None
+
+    def for_model(self, bagel: Bagel) -> "Plan":
+        """The plan with its world and its kinds named. ValueError for those that there are not."""
+        settings = bagel.config.settings
+        name = self.world or settings.world or "nano"
+        kinds = kinds_of(world_named(name), self.held_out)
+        for kind in self.kinds:
+            if kind not in kinds:
+                raise ValueError(
+                    f"unknown kind {kind!r}{nearest(kind, kinds)}; world {name} has {', '.join(kinds)}"
+                )
+            if kinds[kind] and not settings.draws_by_itself:
+                raise ValueError(
+                    f"{kind!r} needs a model that decides what comes next; this one does not decide"
+                )
+        able = [kind for kind, decides in kinds.items() if settings.draws_by_itself or not decides]
+        return replace(self, world=name, kinds=self.kinds or tuple(able))
+
+
+def kinds_of(world: World, held_out: bool = False) -> dict[str, bool]:
+    """The kinds that a world has and that can be asked for (plain text is not), each with whether it leaves
+    it to the model what comes next.
+    """
+    found: dict[str, bool] = {}
+    for kind in TASKS:
+        with suppress(ValueError):
+            made = example(world, SEED, 0, kind, held_out)
+            if isinstance(made.steps[0], Said | Shown):
+                found[kind] = made.decides
+    return found
+
+
+Content = str | tuple[bytes, ...]
+"""A text, or pictures as PNG: one, or the frames of a clip."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One part of a conversation as it went. right is None for what was given; what the model made stands
+    beside one right answer.
+    """
+
+    content: Content
+    truth: Content = ""
+    right: bool | None = None
+    reason: str = ""
+    thought: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example's verdict. output: the answer, or the picture's seed; reason: why it is wrong."""
+    """One example's verdict: right if every turn is; reason: why the first wrong one is wrong.
+
+    measures: what else was measured, such as whether texts and pictures came in the right order.
+    """
 
     kind: str
     index: int
-    prompt: str
-    output: str
+    held_out: bool
     right: bool
     reason: str
-    held_out: bool
+    turns: tuple[Turn, ...]
+    measures: dict[str, float]
 
 
 def evaluate(bagel: Bagel, plan: Plan, progress: Callable[[int], object] | None = None) -> Iterator[Record]:
     """Records in order of kind and index; the same plan on the same model gives the same records."""
-    world = nano_world()
+    plan = plan.for_model(bagel)
+    assert plan.world is not None
+    world = world_named(plan.world)
     for kind in plan.kinds:
         for first in range(0, plan.samples, BATCH):
             numbers = range(first, min(first + BATCH, plan.samples))
             made = [example(world, plan.seed, i, kind, held_out=plan.held_out) for i in numbers]
-            requests = [
-                _request(bagel, world, m, seed=i, think=plan.think)
-                for i, m in zip(numbers, made, strict=True)
-            ]
-            replies = bagel.engine.drive_all(requests)
-            for number, one, reply in zip(numbers, made, replies, strict=True):
-                yield _judged(world, one, reply, number=number, held_out=plan.held_out)
+            talks = [_Talk(world, one, i) for i, one in zip(numbers, made, strict=True)]
+            while waiting := [talk for talk in talks if talk.hear()]:
+                requests = [talk.request(bagel, plan.think) for talk in waiting]
+                for talk, reply in zip(waiting, bagel.engine.drive_all(requests), strict=True):
+                    talk.take(reply)
+            yield from (talk.record(plan.held_out) for talk in talks)
             if progress is not None:
-                progress(len(numbers))
+                progress(len(talks))
 
 
-def _request(bagel: Bagel, world: World, made: Example, *, seed: int, think: bool) -> Request[Any]:
-    parts: list[Any] = [*(render_picture(scene, world.side) for scene in made.pictures), made.prompt]
-    if made.target is None:
-        return bagel.write_request(parts, seed=seed, think=think)
-    settings = bagel.config.settings
-    sampling = settings.edit if made.pictures else settings.draw
-    return bagel.draw_request(parts, size=None, seed=seed, think=think, sampling=sampling)
+@dataclass(slots=True)
+class _Talk:
+    """One exercise while it is done."""
+
+    world: World
+    example: Example
+    number: int
+    steps: list[Step] = field(init=False)
+    """Those still to come, without thoughts."""
+    heard: list[Any] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    measures: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.steps = [step for step in self.example.steps if not isinstance(step, Thinks)]
+
+    def hear(self) -> bool:
+        """Takes in what is given next; whether something is to be made then."""
+        while self.steps and isinstance(step := self.steps[0], Said | Shown):
+            self.steps.pop(0)
+            given = step.words if isinstance(step, Said) else render_picture(step.view, self.world.side)
+            self.heard.append(given)
+            self.turns.append(Turn(_content(given)))
+        return bool(self.steps)
+
+    def request(self, bagel: Bagel, think: bool) -> Request[Any]:
+        settings, seed = bagel.config.settings, self.number
+        seed += TURN_SEEDS * sum(turn.right is not None for turn in self.turns)
+        if self.example.decides:
+            return bagel.interleave_request(self.heard, size=None, seed=seed, think=think)
+        if isinstance(self.steps[0], Writes):
+            return bagel.write_request(self.heard, seed=seed, think=think)
+        both = len({isinstance(part, str) for part in self.heard}) == 2
+        sampling = settings.edit if both else settings.draw
+        if isinstance(self.steps[0], Films):
+            count = len(self.steps[0].views)
+            return bagel.film_request(self.heard, num_frames=count, seed=seed, sampling=sampling)
+        return bagel.draw_request(self.heard, size=None, seed=seed, think=think, sampling=sampling)
+
+    def take(self, reply: Any) -> None:
+        """Judges what was made for the next step, or for all of them where the model decides."""
+        if not self.example.decides:
+            self._judge(self.steps.pop(0), reply)
+            self.heard += reply if isinstance(reply, list) else [reply]
+            return
+        wanted, self.steps = self.steps, []
+        kinds = [isinstance(step, Writes) for step in wanted]
+        self.measures["order"] = float([isinstance(made, str) for made in reply] == kinds)
+        texts = [str(made) for made in reply if isinstance(made, str)]
+        for place, (step, made) in enumerate(itertools.zip_longest(wanted, reply)):
+            told = wanted[: place + 1]
+            try:
+                if made is None or step is None or isinstance(made, str) != kinds[place]:
+                    raise ValueError(_misplaced(step, made))
+                if any(kinds[: place + 1]):  # then the model's own words say what is right
+                    told = as_told(self.world, replace(self.example, steps=tuple(told)), texts).steps
+                self._judge(told[-1], made)
+            except ValueError as error:
+                self.turns.append(Turn(_content(made), _truth(step, self.world), False, str(error)))
+
+    def _judge(self, step: Step, made: Any) -> None:
+        match step:
+            case Writes(words):
+                reason = "" if made.strip() == words else f"expected {words!r}"
+            case Draws(_, spec):
+                reason = judge(spec, made, self.world).reason
+            case Films(views):
+                reason = self._clip(views, made)
+            case _:
+                raise AssertionError(step)
+        some = made[0] if isinstance(made, list) else made
+        thought = some.thought if isinstance(some, Answer) else some.info.get("thought")
+        self.turns.append(Turn(_content(made), _truth(step, self.world), not reason, reason, thought))
+
+    def _clip(self, views: Sequence[View], frames: list[Image.Image]) -> str:
+        """Measures a clip; what is wrong with it. Where no frame was given it may begin anywhere."""
+        truth = [view for view in views if isinstance(view, Scene)]
+        found = [locate(f, scene.things, self.world) for f, scene in zip(frames, truth, strict=True)]
+        score, goes_on = score_clip(truth, found), any(not isinstance(part, str) for part in self.heard)
+        self.measures["lost"] = float(score.lost)
+        if goes_on:
+            self.measures["position error"] = score.error
+        if score.lost or not (score.error <= CLOSE if goes_on else score.steered):
+            return "an object is lost" if score.lost else f"the way is wrong (error {score.error:.2f})"
+        turned = turned_frame(truth) if goes_on else None
+        return judge(turned[1], frames[turned[0]], self.world).reason if turned else ""
+
+    def record(self, held_out: bool) -> Record:
+        wrong = [turn.reason for turn in self.turns if turn.right is False]
+        return Record(
+            kind=self.example.kind,
+            index=self.number,
+            held_out=held_out,
+            right=not wrong,
+            reason=wrong[0] if wrong else "",
+            turns=tuple(self.turns),
+            measures=self.measures,
+        )
 
 
-def _judged(
-    world: World, made: Example, reply: Answer | Image.Image, *, number: int, held_out: bool
-) -> Record:
-    if isinstance(reply, str):
-        right = reply.strip() == made.answer
-        output, reason = str(reply), "" if right else f"expected {made.answer!r}"
-    else:
-        assert made.spec is not None
-        verdict = judge(made.spec, reply, world)
-        right, output, reason = verdict.ok, f"seed {number}", verdict.reason
-    return Record(made.kind, number, made.prompt, output, right, reason, held_out)
+def _misplaced(step: Step | None, made: Any) -> str:
+    if made is None:
+        return "ended too early"
+    if step is None:
+        return "went on after the end"
+    return "the wrong one of text and picture"
+
+
+def _content(part: Any) -> Content:
+    if part is None or isinstance(part, str):
+        return str(part or "")
+    return tuple(png(picture) for picture in (part if isinstance(part, list) else [part]))
+
+
+def _truth(step: Step | None, world: World) -> Content:
+    match step:
+        case Writes(words):
+            return words
+        case Draws(view):
+            return _content(render_picture(view, world.side))
+        case Films(views):
+            return _content([render_picture(view, world.side) for view in views])
+    return ""
+
+
+def png(picture: Image.Image) -> bytes:
+    """A small file: 32 colours are enough to look at."""
+    buffer = io.BytesIO()
+    picture.quantize(32).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# scores -----------------------------------------------------------------------------------------------------
+
+
+def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Those of each kind, then of each group of kinds (draw, ask, edit …), held-out examples apart."""
+    found: dict[str, list[Record]] = {}
+    for name in (str, group_of):
+        for record in records:
+            label = f"{name(record.kind)}{' held out' * record.held_out}"
+            found.setdefault(label, []).append(record)
+    return found
+
+
+def group_of(kind: str) -> str:
+    return f"{kind.partition('_')[0]} (all)"
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -96,22 +293,23 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """A line per kind and one per group of kinds (draw, ask, edit), held-out examples apart."""
+    """A line per kind and one per group of kinds, with what else was measured."""
     rows = [f"{'kind':<24}{'right':>8}{'of':>6}   95 % interval"]
-    for held_out in sorted({record.held_out for record in records}):
-        mine = [record for record in records if record.held_out == held_out]
-        groups = dict.fromkeys(record.kind.split("_")[0] for record in mine)
-        for name in (*dict.fromkeys(record.kind for record in mine), *(f"{group} (all)" for group in groups)):
-            some = [r for r in mine if name in (r.kind, f"{r.kind.split('_')[0]} (all)")]
-            right = sum(record.right for record in some)
-            low, high = wilson(right, len(some))
-            label = f"{name}{' held out' if held_out else ''}"
-            rows.append(f"{label:<24}{right / len(some):>8.1%}{len(some):>6}   {low:.1%} - {high:.1%}")
+    for label, some in grouped(records).items():
+        right, total = sum(record.right for record in some), len(some)
+        low, high = wilson(right, total)
+        more = ""
+        for name in dict.fromkeys(name for record in some for name in record.measures):
+            more += f"   {name} {fmean(r.measures[name] for r in some if name in r.measures):.3f}"
+        interval = f"{low:.1%} - {high:.1%}"
+        rows.append(f"{label:<24}{right / total:>8.1%}{total:>6}   {interval:<15}{more}".rstrip())
     return "\n".join(rows)
 
 
-def report(records: Sequence[Record], plan: Plan, model: str) -> dict[str, Any]:
-    """Everything needed to repeat the table: settings, versions, per-sample verdicts."""
+def report(records: Sequence[Record], plan: Plan, bagel: Bagel, model: str) -> dict[str, Any]:
+    """Everything needed to repeat the table: settings, versions, per-sample verdicts. Of a picture there is
+    its number of frames.
+    """
     versions = {
         "openbagel": openbagel.__version__,
         "torch": torch.__version__,
@@ -119,7 +317,16 @@ def report(records: Sequence[Record], plan: Plan, model: str) -> dict[str, Any]:
     }
     return {
         "model": model,
-        "plan": to_json(plan),
+        "plan": to_json(plan.for_model(bagel)),
+        "settings": to_json(bagel.config.settings),
         "versions": versions,
-        "records": [asdict(r) for r in records],
+        "records": [_listed(record) for record in records],
     }
+
+
+def _listed(record: Record) -> dict[str, Any]:
+    def words(content: Content) -> str | int:
+        return content if isinstance(content, str) else len(content)
+
+    turns = [replace(turn, content=words(turn.content), truth=words(turn.truth)) for turn in record.turns]
+    return to_json(replace(record, turns=tuple(turns)))

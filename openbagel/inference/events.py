@@ -22,7 +22,9 @@ class Thought:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preview:
-    """A denoising step was made. latents: float[h·w, C], still noisy, on a grid (h, w)."""
+    """A denoising step was made. latents: float[h·w, C], still noisy, on a grid (h, w); float[frames, h·w, C]
+    where frames are drawn together.
+    """
 
     step: int
     steps: int
@@ -32,7 +34,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """A finished picture."""
+    """A finished picture, or frame of a clip."""
 
     picture: Image.Image
 

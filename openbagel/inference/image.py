@@ -10,8 +10,8 @@ Branches whose contexts are equal by lineage are computed once.
 
 import itertools
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from openbagel.inference import events
 from openbagel.inference.accelerate import TaylorSeer
 from openbagel.inference.context import Context
 from openbagel.inference.engine import Forward, Read, Request, Result, Row
-from openbagel.sequence import Segment, Text, VaeImage
+from openbagel.sequence import Frame, Segment, Text, VaeImage
 
 
 @dataclass(slots=True)
@@ -37,28 +37,53 @@ class Branches:
     def of(cls, start: Context) -> "Branches":
         return cls(start, start.fork(), start.fork())
 
-    def hear(self, parts: Sequence[Sequence[Segment]]) -> Request[None]:
-        """Takes in parts in order, each one text or the segments of one picture.
+    def hear(self, parts: Sequence[Sequence[Segment]], read: Read = Read.NOTHING) -> Request[Tensor | None]:
+        """Takes in parts in order, each one text or the segments of one picture or group of frames.
 
         The text branch lags behind: it is what cond was before the last text, or all of it after a picture.
+        Returns what is read after the last part.
         """
-        for part in parts:
-            is_text = all(isinstance(segment, Text) for segment in part)
-            if is_text:
+        output = None
+        for number, part in enumerate(parts, 1):
+            reading = read if number == len(parts) else Read.NOTHING
+            if all(isinstance(segment, Text) for segment in part):
                 self.text = self.cond.fork()
-            alike = self.image.lineage == self.cond.lineage
-            rows = [Row(self.cond, tuple(part), keep=True)]
-            if is_text and not alike:
-                rows.append(Row(self.image, tuple(part), keep=True))
-            yield Forward(tuple(rows))
-            if is_text and alike:
-                self.image = self.cond.fork()
-            if not is_text:
-                self.text = self.cond.fork()
+                output, self.image = yield from self._take_in(part, self.image, reading)
+            else:
+                output, self.text = yield from self._take_in(part, self.cond, reading)
+        return output
+
+    def filmed(self, part: Sequence[Segment]) -> Request[None]:
+        """Takes in frames just drawn, to go on with the same text: the text branch sees them too."""
+        _, self.text = yield from self._take_in(part, self.text)
+
+    def wrote(self, text: Text, before: Context) -> Request[None]:
+        """Takes note of a text that cond has written since it was `before`."""
+        self.text = before
+        if self.image.lineage == before.lineage:
+            self.image = self.cond.fork()
+        else:
+            yield Forward((Row(self.image, (text,), keep=True),))
+
+    def _take_in(
+        self, part: Sequence[Segment], other: Context, read: Read = Read.NOTHING
+    ) -> Request[tuple[Tensor | None, Context]]:
+        """cond takes in a part, and so does another branch; once for both where they are alike.
+
+        Returns what is read from cond, and the other branch.
+        """
+        alike = other.lineage == self.cond.lineage
+        rows = [Row(self.cond, tuple(part), keep=True, read=read)]
+        if not alike:
+            rows.append(Row(other, tuple(part), keep=True))
+        results = yield Forward(tuple(rows))
+        return results[0].output, self.cond.fork() if alike else other
 
 
 def denoise(branches: Branches, noise: Tensor, grid: tuple[int, int], sampling: Sampling) -> Request[Tensor]:
-    """Draws one picture: from noise float32[h·w, C] to clean latent tokens of the same shape."""
+    """Draws one picture, or the frames of one group together: from noise float32[h·w, C], or
+    float32[frames, h·w, C], to clean latent tokens of the same shape.
+    """
     guidance = sampling.guidance
     _warn_without_effect(branches, guidance)
     times = schedule(sampling.num_timesteps, sampling.timestep_shift)
@@ -71,7 +96,8 @@ def denoise(branches: Branches, noise: Tensor, grid: tuple[int, int], sampling: 
         distinct = {context.lineage: context for context in reversed(wanted)}
         if sampling.taylorseer:
             seers = {lineage: seers.get(lineage) or TaylorSeer() for lineage in (*seers, *distinct)}
-        segment = VaeImage.noised(x, grid, t)
+        frames = frames_of(x[None] if x.dim() == 2 else x, grid)
+        segment = VaeImage(frames, t, hidden=len(frames) == 1)
         forecasts = {lineage: seers[lineage].forecast() if seers else None for lineage in distinct}
         results = yield Forward(
             tuple(
@@ -82,14 +108,21 @@ def denoise(branches: Branches, noise: Tensor, grid: tuple[int, int], sampling: 
         for lineage, result in by_lineage.items():
             if seers and forecasts[lineage] is None and result.hidden is not None:
                 seers[lineage].record(result.hidden)
-        velocities = [by_lineage[context.lineage].output for context in wanted]
+        outputs = [by_lineage[context.lineage].output for context in wanted]
+        velocities = [output.reshape(x.shape) for output in outputs if output is not None]
         x = euler(x, _combined(guidance, velocities), t, t_next)
         yield events.Preview(step, len(times) - 1, x, grid)
     return x
 
 
-def _combined(guidance: Guidance, velocities: list[Tensor | None]) -> Tensor:
-    cond, *others = [v for v in velocities if v is not None]
+def frames_of(tokens: Iterable[Tensor], grid: tuple[int, int]) -> tuple[Frame, ...]:
+    """The frames of one group, one rotary position apart, from tokens float[h·w, C] of each."""
+    *others, last = [Frame(one, grid, position_step=1) for one in tokens]
+    return (*others, replace(last, position_step=0))
+
+
+def _combined(guidance: Guidance, velocities: list[Tensor]) -> Tensor:
+    cond, *others = velocities
     return guide(guidance, cond, others[0], others[1] if len(others) > 1 else None) if others else cond
 
 

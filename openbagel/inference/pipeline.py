@@ -1,7 +1,6 @@
 """`Bagel`: one loaded model and its verbs."""
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +9,19 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from PIL import Image
 
-from openbagel.config import Sampling, to_json
+from openbagel.config import Sampling
 from openbagel.flow import Guidance
-from openbagel.images import open_picture, patchify, to_picture, to_pixels, unpatchify
+from openbagel.images import open_picture, read_frames
 from openbagel.inference import events
 from openbagel.inference.context import Context
 from openbagel.inference.engine import Engine, Forward, Request, Row
-from openbagel.inference.image import Branches, denoise, draw_noise
-from openbagel.inference.text import split_thought, write
+from openbagel.inference.image import Branches
+from openbagel.inference.interleave import interleave
+from openbagel.inference.pictures import Brush, PictureCodec, clips
+from openbagel.inference.text import Answer, split_thought, write
+from openbagel.inference.video import film
 from openbagel.lora import load_adapter
-from openbagel.sequence import Packer, Segment, Text, VaeImage, VitImage
+from openbagel.sequence import Packer, Segment, Text
 from openbagel.tokens import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING
 from openbagel.weights import Checkpoint, load_checkpoint
 
@@ -38,15 +40,12 @@ class DrawOptions(TypedDict, total=False):
     guidance: Guidance | None
 
 
-class Answer(str):
-    """An answer; `thought` is what came before it when the model was asked to think."""
+class FilmOptions(TypedDict, total=False):
+    """The keywords of `Bagel.continue_video` that are no text."""
 
-    thought: str | None
-
-    def __new__(cls, text: str, thought: str | None = None) -> "Answer":
-        answer = super().__new__(cls, text)
-        answer.thought = thought
-        return answer
+    size: tuple[int, int] | None
+    seed: int
+    group: int | None
 
 
 class Bagel:
@@ -58,6 +57,8 @@ class Bagel:
         self.config, self.codec = checkpoint.config, checkpoint.codec
         self.model, self.autoencoder = checkpoint.model, checkpoint.autoencoder
         self.engine = Engine(self.model, Packer(self.config, self.codec))
+        self.pictures = PictureCodec(self.config, self.autoencoder)
+        self.encode, self.decode = self.pictures.encode, self.pictures.decode
         self.listen: Listener = lambda event: None
 
     @classmethod
@@ -160,6 +161,30 @@ class Bagel:
         parts = [*_pictures(images), question]
         return self.engine.drive(self.write_request(parts, seed=seed, think=think), self.listen)
 
+    def continue_video(
+        self,
+        frames: Part | Sequence[Part] = (),
+        num_frames: int = 10,
+        *,
+        prompt: str | None = None,
+        guidance: Guidance | None = None,
+        **options: Unpack[FilmOptions],
+    ) -> list[Image.Image]:
+        """Goes on with a clip for num_frames frames, as the prompt says; without frames it films the prompt.
+
+        frames: pictures of one size, paths of pictures, or of GIF and video files (then all their frames).
+        size: (height, width) in pixels; the given frames are brought to it. seed of the noise. group: frames
+        drawn together, by default as the model was trained. Without a prompt there is no text guidance. Every
+        frame's `.info` holds seed and settings.
+        """
+        parts: list[Part] = []
+        for given in _pictures(frames):
+            parts += read_frames(given) if isinstance(given, Path) else [given]
+        sampling = self._sampling("edit" if parts and prompt else "draw", guidance)
+        parts += [prompt] if prompt else []
+        request = self.film_request(parts, num_frames=num_frames, sampling=sampling, **options)
+        return self.engine.drive(request, self.listen)
+
     def chat(
         self,
         parts: Sequence[Part],
@@ -168,44 +193,42 @@ class Bagel:
         size: tuple[int, int] | None = None,
         seed: int = 0,
         think: bool = False,
+        max_parts: int = 16,
     ) -> list[Answer | Image.Image]:
         """Continues a conversation of texts and pictures and returns what the model adds, in order.
 
-        reply: "text" or "image" asks for one of them; "auto" lets the model decide, which only models trained
-        to decide can (ValueError otherwise).
+        reply: "text" or "image" asks for one of them; "auto" lets the model decide what to write and draw
+        until it ends its turn or has added max_parts, which only models trained to decide can (ValueError
+        otherwise).
         """
-        if reply == "auto":
-            raise ValueError(
-                "this model was not trained to decide between writing and drawing; "
-                'pass reply="text" or reply="image"'
-            )
-        if reply not in ("text", "image") or not parts:
+        if reply not in ("auto", "text", "image") or not parts:
             raise ValueError(
                 f'"{reply}" is none of auto, text and image' if parts else "nothing was said or shown"
             )
-        request: Request[Answer] | Request[Image.Image]
+        if reply == "auto":
+            request = self.interleave_request(parts, size=size, seed=seed, think=think, max_parts=max_parts)
+            return self.engine.drive(request, self.listen)
         if reply == "text":
-            request = self.write_request(parts, seed=seed, think=think)
-        else:
-            task = "edit" if any(not isinstance(part, str) for part in parts) else "draw"
-            sampling = self._sampling(task, None)
-            request = self.draw_request(parts, size=size, seed=seed, think=think, sampling=sampling)
-        return [self.engine.drive(request, self.listen)]
+            return [self.engine.drive(self.write_request(parts, seed=seed, think=think), self.listen)]
+        sampling = self._sampling(_task(parts), None)
+        drawing = self.draw_request(parts, size=size, seed=seed, think=think, sampling=sampling)
+        return [self.engine.drive(drawing, self.listen)]
 
     def write_request(self, parts: Sequence[Part], *, seed: int, think: bool) -> Request[Answer]:
         """A request that takes in parts and writes an answer."""
         sampling = self.config.settings.ask
-        limits = self.config.settings.vae_limits  # looking resizes twice, as the official inferencer does
-        heard: list[Segment] = [
-            self._said(p) if isinstance(p, str) else self._vit(limits.resize(open_picture(p))) for p in parts
+        heard = [
+            self._said(part) if isinstance(part, str) else self.pictures.look(part)
+            for part in self._opened(parts)
         ]
+        if think:
+            heard.insert(0, self._said(THINK_BEFORE_ANSWERING))
         generator = seeded(seed)
 
         def request() -> Request[Answer]:
             context = Context(self.config.llm)
-            if think:
-                heard.insert(0, self._said(THINK_BEFORE_ANSWERING))
-            yield Forward((Row(context, tuple(heard), keep=True),))
+            if heard:
+                yield Forward((Row(context, tuple(heard), keep=True),))
             budget = sampling.max_tokens + (sampling.max_think_tokens if think else 0)
             ids = yield from write(
                 context, self.codec, sampling=sampling, max_tokens=budget, generator=generator, thinking=think
@@ -228,28 +251,13 @@ class Bagel:
         sampling: Sampling,
     ) -> Request[Image.Image]:
         """A request that takes in parts and draws a picture."""
-        if self.autoencoder is None or self.config.vae is None:
-            raise ValueError(
-                "this model cannot draw: its autoencoder (ae.safetensors) was not loaded or is missing"
-            )
-        limits = self.config.settings.vae_limits
-        shown = {
-            i: limits.resize(open_picture(part)) for i, part in enumerate(parts) if not isinstance(part, str)
-        }
-        last = [(picture.height, picture.width) for picture in shown.values()][-1:]
-        height, width = self._checked(size or (last[0] if last else self.config.settings.size))
-        generator = seeded(seed)
-        heard: list[list[Segment]] = [
-            [self._said(p)] if isinstance(p, str) else self._shown(shown[i], generator, sampling.tiled_vae)
-            for i, p in enumerate(parts)
-        ]
+        opened = self._opened(parts)
+        brush = self._brush(opened, size, seed, sampling)
+        heard = self._heard(opened, brush, think)
 
         def request() -> Request[Image.Image]:
             thought = None
             branches = Branches.of(Context(self.config.llm))
-            if think:
-                yield from branches.hear([[self._said(THINK_BEFORE_DRAWING)]])
-                branches.text = branches.cond.fork()
             yield from branches.hear(heard)
             if think:
                 ids = yield from write(
@@ -257,73 +265,107 @@ class Bagel:
                     self.codec,
                     sampling=sampling,
                     max_tokens=sampling.max_think_tokens,
-                    generator=generator,
+                    generator=brush.generator,
                     thinking=True,
                 )
                 text = self.codec.decode(ids)
                 thought = split_thought(text)[0] or text.strip()
-            grid = (height // self.config.latent_stride, width // self.config.latent_stride)
-            noise = draw_noise(grid, self.config.latent_channels, generator).to(self.engine.device)
-            latents = yield from denoise(branches, noise, grid, sampling)
-            picture = self.decode(latents, grid, tiled=sampling.tiled_vae)
-            picture.info = {"seed": seed, "settings": json.dumps(to_json(sampling)), "thought": thought}
-            yield events.Picture(picture)
+            (picture,), _ = yield from brush.draw(branches, thought=thought)
             yield events.Done()
             return picture
 
         return request()
 
-    @torch.inference_mode()
-    def decode(self, latents: torch.Tensor, grid: tuple[int, int], *, tiled: bool = False) -> Image.Image:
-        """The picture of latent tokens float[h·w, C]."""
-        assert self.autoencoder is not None
-        z_CHW = unpatchify(latents, grid, self.config.latent_patch_size)
-        return to_picture(
-            self.autoencoder.decode(z_CHW[None].to(self.autoencoder.decoder.conv_in.weight), tiled=tiled)[0]
+    def film_request(
+        self,
+        parts: Sequence[Part],
+        *,
+        num_frames: int,
+        sampling: Sampling,
+        size: tuple[int, int] | None = None,
+        seed: int = 0,
+        group: int | None = None,
+    ) -> Request[list[Image.Image]]:
+        """A request that takes in parts, neighbouring pictures as one clip, and draws the frames after them.
+
+        Without a text there is no text guidance.
+        """
+        if not parts:
+            raise ValueError("nothing to film: give frames, a prompt, or both")
+        together = self.config.settings.video_group if group is None else group
+        if num_frames < 1 or together < 1:
+            raise ValueError(f"num_frames {num_frames} and group {together} must be at least 1")
+        opened = self._opened(parts)
+        guidance = sampling.guidance
+        if not (guidance.uses_image or any(isinstance(part, str) for part in opened)):
+            sampling = replace(sampling, guidance=replace(guidance, text=1.0))
+        brush = self._brush(opened, size, seed, sampling)
+        heard = self._heard(clips(opened, size), brush)
+        return film(heard, brush, num_frames=num_frames, group=together)
+
+    def interleave_request(
+        self,
+        parts: Sequence[Part],
+        *,
+        size: tuple[int, int] | None,
+        seed: int,
+        think: bool,
+        max_parts: int = 16,
+    ) -> Request[list[Answer | Image.Image]]:
+        """A request that takes in parts, then writes and draws as the model decides; see `chat`.
+
+        ValueError for models that were not trained to decide.
+        """
+        settings = self.config.settings
+        if not settings.draws_by_itself or self.codec.end_of_text is None:
+            raise ValueError(
+                "this model was not trained to decide between writing and drawing; "
+                'pass reply="text" or reply="image"'
+            )
+        if max_parts < 1:
+            raise ValueError(f"max_parts {max_parts} must be at least 1")
+        opened = self._opened(parts)
+        brush = self._brush(opened, size, seed, self._sampling(_task(parts), None))
+        return interleave(
+            self._heard(opened, brush, think),
+            brush,
+            codec=self.codec,
+            writing=settings.ask,
+            think=think,
+            max_parts=max_parts,
         )
 
-    @torch.inference_mode()
-    def encode(
-        self, pixels_CHW: torch.Tensor, generator: torch.Generator, *, tiled: bool = False
-    ) -> VaeImage:
-        """A clean picture split from float[3, H, W] in [-1, 1]; the posterior is sampled with CPU noise."""
-        assert self.autoencoder is not None
-        vae = self.autoencoder.config
-        _, height, width = pixels_CHW.shape
-        noise = torch.randn(
-            1, vae.z_channels, height // vae.downsample, width // vae.downsample, generator=generator
-        )
-        pixels = pixels_CHW[None].to(self.autoencoder.encoder.conv_in.weight)
-        z_CHW = self.autoencoder.encode(pixels, noise.to(pixels), tiled=tiled)[0].float()
-        stride = self.config.latent_stride
-        return VaeImage.clean(
-            patchify(z_CHW, self.config.latent_patch_size), (height // stride, width // stride)
-        )
+    def _opened(self, parts: Sequence[Part]) -> list[str | Image.Image]:
+        """Texts as they are, pictures within the limits: looking resizes twice, as the official one does."""
+        limits = self.config.settings.vae_limits
+        return [part if isinstance(part, str) else limits.resize(open_picture(part)) for part in parts]
+
+    def _brush(
+        self, parts: Sequence[str | Image.Image], size: tuple[int, int] | None, seed: int, sampling: Sampling
+    ) -> Brush:
+        """A brush for pictures of a size, else of the last picture's, else of the model's own."""
+        last = [(part.height, part.width) for part in parts if not isinstance(part, str)][-1:]
+        grid = self.pictures.grid_of(size or (last[0] if last else self.config.settings.size))
+        return Brush(self.pictures, grid, sampling, seed, seeded(seed), self.engine.device)
+
+    def _heard(
+        self, parts: Sequence[str | Image.Image | list[Image.Image]], brush: Brush, think: bool = False
+    ) -> list[list[Segment]]:
+        """What drawing takes in: texts, and the segments of each picture or clip."""
+        heard: list[list[Segment]] = [[self._said(THINK_BEFORE_DRAWING)]] if think else []
+        for part in parts:
+            if isinstance(part, str):
+                heard.append([self._said(part)])
+            else:
+                heard.append(brush.shown(part if isinstance(part, list) else [part]))
+        return heard
 
     def _said(self, text: str) -> Text:
         return Text(self.codec.encode(text))
 
-    def _vit(self, picture: Image.Image) -> VitImage:
-        if self.config.vit is None:
-            raise ValueError("this model cannot look at pictures: it has no ViT")
-        return VitImage(to_pixels(self.config.settings.vit_limits.resize(picture)))
-
-    def _shown(self, picture: Image.Image, generator: torch.Generator, tiled: bool) -> list[Segment]:
-        """What drawing sees of a picture already within its limits: its latents, then the ViT."""
-        return [self.encode(to_pixels(picture), generator, tiled=tiled), self._vit(picture)]
-
     def _sampling(self, task: Literal["draw", "edit"], guidance: Guidance | None) -> Sampling:
         sampling: Sampling = getattr(self.config.settings, task)
         return replace(sampling, guidance=guidance) if guidance else sampling
-
-    def _checked(self, size: tuple[int, int]) -> tuple[int, int]:
-        stride, most = self.config.latent_stride, self.config.max_latent_size * self.config.latent_stride
-        if any(side < stride or side % stride or side > most for side in size):
-            raise ValueError(
-                f"a picture of {size[1]}x{size[0]} (width x height) is not possible; "
-                f"both sides must be multiples of {stride}, from {stride} to {most}"
-            )
-        return size
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -354,3 +396,7 @@ def find_model(model: str | Path) -> Path:
 def _pictures(images: Part | Sequence[Part]) -> list[Path | Image.Image]:
     several = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
     return [Path(image) if isinstance(image, str) else image for image in several]
+
+
+def _task(parts: Sequence[Part]) -> Literal["draw", "edit"]:
+    return "draw" if all(isinstance(part, str) for part in parts) else "edit"

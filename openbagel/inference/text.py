@@ -15,6 +15,17 @@ from openbagel.tokens import TextCodec
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
+class Answer(str):
+    """An answer; `thought` is what came before it when the model was asked to think."""
+
+    thought: str | None
+
+    def __new__(cls, text: str, thought: str | None = None) -> "Answer":
+        answer = super().__new__(cls, text)
+        answer.thought = thought
+        return answer
+
+
 def write(
     context: Context,
     codec: TextCodec,
@@ -29,8 +40,21 @@ def write(
     The context afterwards holds the whole text, markers included. thinking: what stands in think tags, or
     comes before their end, is reported as a thought.
     """
+    speech = Speech(codec, thinking)
+    ids, end = yield from compose(
+        context, speech, sampling=sampling, max_tokens=max_tokens, generator=generator
+    )
+    yield Forward((Row(context, (end,), keep=True),))
+    return ids
+
+
+def compose(
+    context: Context, speech: "Speech", *, sampling: Sampling, max_tokens: int, generator: torch.Generator
+) -> Request[tuple[tuple[int, ...], Text]]:
+    """As `write`, but the context still lacks the text's end, which is returned beside the ids."""
     context.reserve(max_tokens + 2)
-    speech, ids, fed = Speech(codec, thinking), [], codec.start
+    codec, ids = speech.codec, []
+    fed = codec.start
     while len(ids) < max_tokens:
         (result,) = yield Forward((Row(context, (Text((fed,), bare=True),), keep=True, read=Read.LOGITS),))
         assert result.output is not None
@@ -40,9 +64,8 @@ def write(
         ids.append(fed)
         yield from speech.say(fed)
     yield from speech.finish()
-    rest = (fed,) if fed == codec.end else (fed, codec.end)
-    yield Forward((Row(context, (Text(rest, bare=True),), keep=True),))
-    return tuple(ids)
+    end = (fed,) if fed == codec.end else (fed, codec.end)
+    return tuple(ids), Text(end, bare=True)
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -37,7 +37,8 @@ class AutoencoderTrainer(Loop):
             torch.manual_seed(recipe.train.seed)
             autoencoder = AutoEncoder(replace(config, scale=1.0, shift=0.0))
         _start_small(autoencoder)
-        super().__init__(autoencoder.to(memory_format=torch.channels_last), recipe.train, place)  # pyright: ignore
+        placed = autoencoder.to(place.ranks.device, memory_format=torch.channels_last)  # pyright: ignore
+        super().__init__(placed, recipe.train, place)
         self.world, self.recipe = world, recipe
 
     @property
@@ -61,7 +62,7 @@ class AutoencoderTrainer(Loop):
             z = self.model.latents(moments, self._noise(mean, "posterior"))
         if decoder_alone:
             most = self.recipe.decoder_noise * z.std()
-            share = torch.rand(len(z), 1, 1, 1, generator=self._generator("share"))
+            share = torch.rand(len(z), 1, 1, 1, generator=self._generator("share")).to(z)
             z = z + most * share * self._noise(z, "decoder")
         difference = self.model.decode(z) - batch
         error = difference.abs().sum() + difference.square().sum()
@@ -72,7 +73,8 @@ class AutoencoderTrainer(Loop):
         """float[samples, 3, side, side] in [-1, 1], a function of the seed and the step alone."""
         rng = random.Random(f"autoencoder/{self.training.seed}/{step}")
         counts = [rng.randint(1, self.world.max_things) for _ in range(self.recipe.samples)]
-        return render([self.world.sample_scene(rng, count) for count in counts], self.world.side) * 2 - 1
+        scenes = [self.world.sample_scene(rng, count) for count in counts]
+        return render(scenes, self.world.side, self.ranks.device) * 2 - 1
 
     def latent_statistics(self) -> tuple[float, float]:
         """(scale, shift) that bring sampled latents to mean 0 and variance 1, measured on fresh pictures."""
@@ -83,7 +85,7 @@ class AutoencoderTrainer(Loop):
         return round(1 / z.std().item(), 4), round(z.mean().item(), 4)
 
     def _noise(self, like: Tensor, purpose: str) -> Tensor:
-        return torch.randn(like.shape, generator=self._generator(purpose))
+        return torch.randn(like.shape, generator=self._generator(purpose)).to(like)
 
     def _generator(self, purpose: str) -> torch.Generator:
         seed = random.Random(f"{purpose}/{self.training.seed}/{self.step}").getrandbits(62)

@@ -22,6 +22,7 @@ from openbagel.train.metrics import Track
 from openbagel.train.parallel import Parallel
 from openbagel.train.previews import Preview
 from openbagel.train.trainer import Training
+from openbagel.train.vision import VisionTraining
 from openbagel.world.samples import Mixture
 
 
@@ -37,9 +38,13 @@ class Origin:
     """Also the optimiser and the place in the data: the official `resume_from`. Only a run's own folder has
     them, so it must be the run that goes on by itself."""
     facts: str | None = None
-    """The folder with configuration, tokenizer and autoencoder, if not the checkpoint's."""
+    """The folder with configuration, tokenizer and autoencoder, if not the checkpoint's; without a checkpoint
+    its ViT is taken too, and the rest of the weights are random.
+    """
     settings: dict[str, Any] = field(default_factory=dict)
-    """Overrides of config.json."""
+    """Overrides of config.json; for random weights of any architecture number, such as {llm: {hidden_size:
+    128}}.
+    """
     parts: Parts | None = None
 
 
@@ -85,6 +90,8 @@ class Recipe:
     """A stage of the paper, whose values stand where the recipe has none: alignment, pretraining, …"""
     autoencoder: AutoencoderTraining | None = None
     """Trained first, on the toy world, when the run starts from nothing."""
+    vision: VisionTraining | None = None
+    """Of the ViT, trained next then."""
     start: Origin = Origin()
     data: Data = Data()
     train: Training = Training()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,25 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from openbagel import lora
-from openbagel.config import BagelConfig, nano, nearest, to_json
+from openbagel.config import BagelConfig, nearest, to_json
 from openbagel.data.loader import Loader, LoaderOptions
 from openbagel.data.mixture import Group, read_mixture
 from openbagel.data.samples import Dataset, Sample
 from openbagel.images import ImageLimits
-from openbagel.inference.pipeline import find_model
 from openbagel.model.bagel import BagelModel
-from openbagel.model.vae import AutoEncoder
-from openbagel.pretrained import join
 from openbagel.sequence import Packer
-from openbagel.tokens import TextCodec
-from openbagel.train.autoencoder import AutoencoderTrainer
 from openbagel.train.checkpoint import MANIFEST, Checkpoints, Stored
-from openbagel.train.guards import Start, banner, overfit_verdict
+from openbagel.train.guards import banner, overfit_verdict
 from openbagel.train.latents import LatentCache, LatentEncoder
 from openbagel.train.metrics import say
-from openbagel.train.parallel import Parallel, Ranks, materialise, memory_estimate, shard, stored_weights
+from openbagel.train.origin import Beginning, begin_from
+from openbagel.train.parallel import Parallel, Ranks, materialise, memory_estimate, shard
 from openbagel.train.previews import Previews
-from openbagel.train.recipe import Data, Origin, Recipe, read_recipe
+from openbagel.train.recipe import Data, Recipe, read_recipe
 from openbagel.train.trainer import Place, Trainer
-from openbagel.weights import Checkpoint, TensorFiles, load_checkpoint, save_checkpoint, weight_files
-from openbagel.world.samples import WorldDataset, world_codec
-from openbagel.world.scene import nano_world
+from openbagel.weights import Checkpoint, save_checkpoint
+from openbagel.world.samples import WorldDataset, world_named
 
-VOCABULARY = 512
-"""Tokens of the vocabulary that a run from nothing makes."""
 KINDS = {
     "text": "text",
     "t2i_pretrain": "t2i",
@@ -70,7 +63,7 @@ def _train(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Path:
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2) + "\n", "utf-8")
-    begin = _begin(recipe, ranks, report)
+    begin = begin_from(recipe, ranks, report)
     _mark(begin.checkpoint.model, recipe)
     recipe = replace(recipe, parallel=_fitting(begin.checkpoint.model, recipe, ranks))
     model = _prepared(begin, recipe, ranks)
@@ -83,95 +76,6 @@ def _train(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Path:
     trainer.run()
     with trainer.averaged():
         return _export(begin, recipe, ranks)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Beginning:
-    """A checkpoint before its training, and how to name it.
-
-    Of several ranks none holds the whole model: it is on the meta device, and `read` gives tensors by name.
-    """
-
-    checkpoint: Checkpoint
-    start: Start
-    source: str
-    read: Callable[[str], Tensor]
-
-
-def _begin(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Beginning:
-    origin, device = recipe.start, "meta" if ranks.size > 1 else "cpu"
-    if origin.checkpoint is not None:
-        return _stored(origin, recipe, device)
-    if origin.parts is not None:
-        joined = join(origin.parts)
-        checkpoint = joined.load(device=device)
-        return Beginning(checkpoint, Start.PARTS, origin.parts.llm, joined.tensors.__getitem__)
-    checkpoint = _nano(recipe, ranks, report)
-    return Beginning(checkpoint, Start.NOTHING, "nothing", checkpoint.model.state_dict().__getitem__)
-
-
-def _stored(origin: Origin, recipe: Recipe, device: str) -> Beginning:
-    assert origin.checkpoint is not None
-    folder = find_model(origin.checkpoint)
-    if origin.state and not (folder / MANIFEST).is_file():
-        raise ValueError(
-            f"{folder} holds no optimiser state; add --resume_model_only True to begin from its weights"
-        )
-    facts = find_model(origin.facts) if origin.facts else folder
-    weights = folder / f"{origin.weights}.safetensors" if origin.weights else folder
-    if origin.weights and not weights.is_file():
-        weights = folder  # shards, or the only file there is
-    checkpoint = load_checkpoint(
-        facts,
-        dtype=torch.float32,
-        device=device,
-        understanding_only=not recipe.train.visual_gen,
-        settings=origin.settings,
-        weights=weights,
-    )
-    files = TensorFiles(weight_files(weights))
-    return Beginning(
-        checkpoint, Start.CHECKPOINT, origin.checkpoint, stored_weights(files, checkpoint.config)
-    )
-
-
-def _nano(recipe: Recipe, ranks: Ranks, report: Callable[[str], None]) -> Checkpoint:
-    """A nano of random weights with an autoencoder that this run trains first, and the world's vocabulary."""
-    folder = Path(recipe.folder)
-    if recipe.autoencoder is None:
-        raise ValueError(
-            "give start.checkpoint or start.parts, or an autoencoder to train a nano from nothing"
-        )
-    if ranks.size > 1:
-        raise ValueError(
-            f"a nano's autoencoder is trained by one process, not {ranks.size}; run the recipe alone first"
-        )
-    config = nano(VOCABULARY)
-    assert config.vae is not None
-    place = Place(
-        folder=folder / "autoencoder",
-        checkpoints=folder / "autoencoder" / "checkpoints",
-        ranks=ranks,
-        guard=recipe.guard,
-        track=recipe.track,
-        report=report,
-    )
-    trainer = AutoencoderTrainer(config.vae, nano_world(), recipe.autoencoder, place)
-    trainer.run()
-    if trainer.step < trainer.training.steps:
-        raise ValueError(
-            f"the autoencoder stopped at step {trainer.step} of {trainer.training.steps}; run again to go on"
-        )
-    scale, shift = trainer.latent_statistics()
-    vae = replace(config.vae, scale=scale, shift=shift)
-    autoencoder = AutoEncoder(vae)
-    with trainer.averaged():
-        autoencoder.load_state_dict(trainer.model.state_dict())
-    model = BagelModel(replace(config, vae=vae))
-    model.initialise(torch.Generator().manual_seed(recipe.train.seed))
-    if not (folder / "tokenizer.json").is_file():
-        world_codec(nano_world(), VOCABULARY).save(folder)
-    return Checkpoint(model.config, model, autoencoder.eval(), TextCodec.load(folder))
 
 
 def _mark(model: BagelModel, recipe: Recipe) -> None:
@@ -274,7 +178,7 @@ def datasets(data: Data, checkpoint: Checkpoint) -> Sequence[Dataset]:
         _share(groups, data.ratios)
     sets: list[Dataset] = [*groups]
     if data.world is not None:
-        world = nano_world()
+        world = world_named(data.world.world)
         sets += [WorldDataset(kind, world, data.world, config, codec) for kind in data.world.kinds]
     if not sets:
         raise ValueError("the recipe has no data; give data.mixture, a YAML file or a folder of data")
@@ -399,7 +303,7 @@ def open_run(folder: str | Path, weights: str) -> Checkpoint | None:
     step = step or Checkpoints(Path(recipe.checkpoints or run / "checkpoints"), ranks).latest()
     if step is None:
         raise ValueError(f"{run} has no checkpoint yet; train it first")
-    begin = _begin(recipe, ranks, _silent)
+    begin = begin_from(recipe, ranks, _silent)
     _mark(begin.checkpoint.model, recipe)
     stored, parameters = Stored(step), dict(begin.checkpoint.model.named_parameters())
     for name in stored.shapes:

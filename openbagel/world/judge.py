@@ -1,16 +1,15 @@
 """The judge: reads a picture back into a scene, and says whether a picture shows what it was to show.
 
-Analysis by synthesis. Solid patches of a known colour are found, each is compared with the shapes and sizes
-rendered in its place, and the scene is rendered again: what the picture shows beyond it decides whether it is
-clean.
+Analysis by synthesis: the objects that explain the picture's patches of colour are rendered again, and what
+the picture shows beyond them decides whether it is clean.
 
-Shape suffixes: X any number, K found objects, C candidates for them, H and W pixels.
+Shape suffixes: K found objects, V views, S shifts, H and W pixels.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,33 +17,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from openbagel.world.exercise import Spec
 from openbagel.world.language import Phrase
-from openbagel.world.render import coverage
-from openbagel.world.scene import (
-    COLOUR_RGB,
-    GROUND_RGB,
-    Colour,
-    Ground,
-    Look,
-    Scene,
-    Shape,
-    Size,
-    Thing,
-    World,
-)
-from openbagel.world.tasks import Spec
+from openbagel.world.patches import PURE, Patch, dilate, find_patches, fit, place_of
+from openbagel.world.render import coverage, render
+from openbagel.world.scene import GROUND_RGB, Ground, Scene, Thing, View, World, turn_between
 
 KEPT_TOLERANCE = 0.08
 """How far, in fractions of the side, an object that has to stay may move."""
+KEPT_TURN = 0.3
+"""How far, in radians, it may be turned."""
 RELATION_MARGIN = 0.1
 """How far centres must differ for a relation to hold: half of what prompts take for clear."""
 
-_PURE = 0.16
-"""Pixels closer than this to a palette colour (Euclidean, RGB in [0, 1]) belong to it."""
-_GROW = 4
-"""An object's pixels reach this far beyond its pure ones; the softness of its edge lies in between."""
 _LOWEST_CONTRAST = 0.4
 _MAX_FOUND = 24
+_SHIFT = 2
+_SHARP = 0.45
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +85,12 @@ class Judgement:
     scene: Scene | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Patch:
-    """A found object of unknown shape: its colour, the pixels that may be its, and how opaque they are."""
-
-    colour: Colour
-    measured_rgb: Tensor
-    region_HW: Tensor
-    alpha_HW: Tensor
-
-
 def judge(spec: Spec, picture: Tensor | Image.Image, world: World) -> Judgement:
     """Judge a square picture, float[3, side, side] in [0, 1] or PIL, by what it must show."""
+    if spec.view is not None:
+        reason = _unlike(_pixels(picture), spec.view, spec.wrong)
+        shown = spec.view if isinstance(spec.view, Scene) and not reason else None
+        return Judgement(not reason, reason, shown)
     parsed = parse(picture, world)
     if parsed.scene is None:
         return Judgement(False, parsed.reason, None)
@@ -141,7 +124,8 @@ def _fits(want: Phrase | Thing, thing: Thing) -> bool:
     if isinstance(want, Phrase):
         return want.matches(thing)
     moved = max(abs(want.x - thing.x), abs(want.y - thing.y))
-    return Phrase.of(want).matches(thing) and moved <= KEPT_TOLERANCE
+    turned = turn_between(want.shape, want.rotation, thing.rotation)
+    return Phrase.of(want).matches(thing) and moved <= KEPT_TOLERANCE and turned <= KEPT_TURN
 
 
 def _related(spec: Spec, things: Sequence[Thing]) -> bool:
@@ -162,17 +146,13 @@ def parse(picture: Tensor | Image.Image, world: World) -> Parsed:
     if not pixels_3HW.isfinite().all():
         return Parsed(None, "the picture has values that are not finite")
     pixels_3HW = pixels_3HW.clamp(0, 1)
-    border = torch.cat(
-        [pixels_3HW[:, 0], pixels_3HW[:, -1], pixels_3HW[:, :, 0], pixels_3HW[:, :, -1]], dim=1
-    )
-    ground_rgb = border.median(dim=1).values
-    ground, distance = _nearest_ground(ground_rgb, world)
-    if distance > _PURE:
+    ground_rgb, ground, distance = _ground(pixels_3HW, world)
+    if distance > PURE:
         return Parsed(None, "the ground has no known colour")
-    patches = _find_patches(pixels_3HW, ground_rgb, ground=ground, world=world)
+    patches = find_patches(pixels_3HW, ground_rgb, ground=ground, world=world)
     if len(patches) > _MAX_FOUND:
         return Parsed(None, f"the picture has more than {_MAX_FOUND} coloured patches")
-    things = _fit(patches, world) if patches else []
+    patches, things = fit(patches, world) if patches else ([], [])
     misfit = _misfit(pixels_3HW, ground_rgb, patches=patches, things=things)
     complaint = misfit.complaint()
     scene = Scene(ground, tuple(sorted(things, key=lambda thing: (thing.x, thing.y))))
@@ -187,157 +167,95 @@ def _pixels(picture: Tensor | Image.Image) -> Tensor:
     return picture.detach().to("cpu", torch.float32)
 
 
-def _nearest_ground(rgb: Tensor, world: World) -> tuple[Ground, float]:
+def _ground(pixels_3HW: Tensor, world: World) -> tuple[Tensor, Ground, float]:
+    """The ground's measured colour (the border's median), the ground of the nearest colour, and how near."""
+    border = torch.cat(
+        [pixels_3HW[:, 0], pixels_3HW[:, -1], pixels_3HW[:, :, 0], pixels_3HW[:, :, -1]], dim=1
+    )
+    rgb = border.median(dim=1).values
     palette = torch.tensor([GROUND_RGB[ground] for ground in world.grounds]) / 255
     distance, index = (palette - rgb).norm(dim=1).min(dim=0)
-    return world.grounds[int(index)], float(distance)
-
-
-def _find_patches(pixels_3HW: Tensor, ground_rgb: Tensor, *, ground: Ground, world: World) -> list[_Patch]:
-    """The connected patches of the world's colours that are large enough to be an object."""
-    side = pixels_3HW.shape[1]
-    palette = torch.tensor([GROUND_RGB[ground], *(COLOUR_RGB[colour] for colour in world.colours)]) / 255
-    squared_HW, colour_HW = (pixels_3HW[None] - palette[:, :, None, None]).square().sum(dim=1).min(dim=0)
-    colour_HW = torch.where(squared_HW < _PURE**2, colour_HW, -1).float()
-    solid_HW = (colour_HW > 0) & (_dilate(colour_HW) == -_dilate(-colour_HW))
-    if not solid_HW.any():
-        return []
-    present = colour_HW[solid_HW].unique()
-    labels_XHW = _components(colour_HW == present[:, None, None])
-    labels_HW = (labels_XHW * torch.isin(labels_XHW, labels_XHW[:, solid_HW])).sum(dim=0)
-    smallest = min(_template(shape, size, side).area for shape in world.shapes for size in world.sizes)
-    for _ in range(_GROW):
-        labels_HW = torch.where(labels_HW > 0, labels_HW, _dilate(labels_HW))
-    patches = []
-    for label in labels_HW.unique().tolist()[1:]:
-        region_HW = labels_HW == label
-        inside_HW = region_HW & solid_HW
-        colour = world.colours[int(colour_HW[inside_HW][0]) - 1]
-        rgb = pixels_3HW[:, inside_HW].median(dim=1).values
-        towards = (rgb - ground_rgb) / (rgb - ground_rgb).square().sum()
-        alpha_HW = torch.einsum("chw,c->hw", pixels_3HW - ground_rgb[:, None, None], towards) * region_HW
-        if alpha_HW.sum() > smallest / 4:
-            patches.append(_Patch(colour, rgb, region_HW, alpha_HW))
-    return patches
-
-
-def _dilate(values_XHW: Tensor, *, reach: int = 1) -> Tensor:
-    """The largest value up to `reach` pixels away from each pixel, in a square."""
-    size = values_XHW.shape
-    planes = values_XHW.reshape(1, -1, *size[-2:])
-    return F.max_pool2d(planes, 2 * reach + 1, stride=1, padding=reach).reshape(size)
-
-
-def _components(mask_XHW: Tensor) -> Tensor:
-    """A different positive number for each 8-connected component of each mask, 0 outside: float[X, H, W]."""
-    numbers = torch.arange(1, mask_XHW.numel() + 1, dtype=torch.float32).reshape(mask_XHW.shape)
-    labels_XHW = numbers * mask_XHW
-    while True:
-        spread = _dilate(_dilate(labels_XHW) * mask_XHW) * mask_XHW
-        if torch.equal(spread, labels_XHW):
-            return labels_XHW
-        labels_XHW = spread
-
-
-@dataclass(frozen=True, slots=True)
-class _Template:
-    """A shape of one size as drawn: its area in pixels and where its centre of mass lies from its centre."""
-
-    area: float
-    mass_x: float
-    mass_y: float
-
-
-@lru_cache(maxsize=4096)
-def _template(shape: Shape, size: Size, side: int) -> _Template:
-    covered_HW = coverage([Thing(shape, Colour.RED, size, 0.5, 0.5)], side)[0]
-    x, y = _centre_of_mass(covered_HW)
-    return _Template(float(covered_HW.sum()), x - 0.5, y - 0.5)
-
-
-def _centre_of_mass(alpha_HW: Tensor) -> tuple[float, float]:
-    """x and y in fractions of the side."""
-    grid = (torch.arange(alpha_HW.shape[0]) + 0.5) / alpha_HW.shape[0]
-    x, y = (alpha_HW.sum(dim=0) * grid).sum(), (alpha_HW.sum(dim=1) * grid).sum()
-    return float(x / alpha_HW.sum()), float(y / alpha_HW.sum())
-
-
-def _fit(patches: Sequence[_Patch], world: World) -> list[Thing]:
-    """For each patch the object that explains it best, where it explains it best."""
-    candidates: list[Thing] = []
-    owners: list[int] = []
-    for k, patch in enumerate(patches):
-        some = _candidates(patch, world)
-        candidates += some
-        owners += [k] * len(some)
-    alpha_CHW = torch.stack([patches[k].alpha_HW for k in owners])
-    errors = (coverage(candidates, alpha_CHW.shape[1]) - alpha_CHW).square().sum(dim=(1, 2)).tolist()
-    best: dict[int, int] = {}
-    for c, k in enumerate(owners):
-        if k not in best or errors[c] < errors[best[k]]:
-            best[k] = c
-    return _refine([candidates[c] for c in best.values()], torch.stack([patch.alpha_HW for patch in patches]))
-
-
-def _candidates(patch: _Patch, world: World) -> list[Thing]:
-    """Every shape and size of about the patch's area (at least the nearest), with the same centre of mass."""
-    side = patch.alpha_HW.shape[0]
-    area = float(patch.alpha_HW.sum())
-    x, y = _centre_of_mass(patch.alpha_HW)
-    ranked: list[tuple[float, Thing]] = []
-    for shape, size in itertools.product(world.shapes, world.sizes):
-        template = _template(shape, size, side)
-        ratio = max(area / template.area, template.area / area)
-        thing = Look(shape, patch.colour, size).at(x - template.mass_x, y - template.mass_y)
-        ranked.append((ratio, thing))
-    ranked.sort(key=lambda pair: pair[0])
-    return [thing for rank, (ratio, thing) in enumerate(ranked) if ratio < 1.35 or rank == 0]
-
-
-def _refine(things: Sequence[Thing], alpha_KHW: Tensor) -> list[Thing]:
-    """Move every object by one Gauss-Newton step (at most one pixel) towards what its patch shows."""
-    side = alpha_KHW.shape[1]
-    step = 0.5 / side
-    shifts = [(0.0, 0.0), (step, 0.0), (-step, 0.0), (0.0, step), (0.0, -step)]
-    moved = [Look(t.shape, t.colour, t.size).at(t.x + dx, t.y + dy) for dx, dy in shifts for t in things]
-    here, right, left, down, up = coverage(moved, side).flatten(1).reshape(5, len(things), -1)
-    slopes_KS2 = torch.stack([right - left, down - up], dim=2) / (2 * step)
-    error_KS = alpha_KHW.flatten(1) - here
-    normal = slopes_KS2.mT @ slopes_KS2 + 1e-3 * torch.eye(2)
-    shift_K2 = torch.linalg.solve(normal, (slopes_KS2.mT @ error_KS[:, :, None]))[:, :, 0]
-    shifts_K2 = shift_K2.clamp(-1 / side, 1 / side).tolist()
-    return [
-        Look(t.shape, t.colour, t.size).at(round(t.x + dx, 4), round(t.y + dy, 4))
-        for t, (dx, dy) in zip(things, shifts_K2, strict=True)
-    ]
+    return rgb, world.grounds[int(index)], float(distance)
 
 
 def _misfit(
-    pixels_3HW: Tensor, ground_rgb: Tensor, *, patches: Sequence[_Patch], things: Sequence[Thing]
+    pixels_3HW: Tensor, ground_rgb: Tensor, *, patches: Sequence[Patch], things: Sequence[Thing]
 ) -> Misfit:
     """Compare a picture with the rendering of `things`, in the colours that were measured in it."""
     side = pixels_3HW.shape[1]
     drawn_3HW = ground_rgb[:, None, None].expand(3, side, side)
     covered_KHW = coverage(things, side)
-    contrast_HW = torch.full((side, side), _LOWEST_CONTRAST)
+    outline_KHW = _near_outline(covered_KHW)
+    contrast_HW = torch.zeros(side, side)
     for patch, covered_HW in zip(patches, covered_KHW, strict=True):
         drawn_3HW = torch.lerp(drawn_3HW, patch.measured_rgb[:, None, None], covered_HW)
-        contrast_HW[patch.region_HW] = float((patch.measured_rgb - ground_rgb).norm())
+        contrast_HW = contrast_HW.maximum(patch.region_HW * (patch.measured_rgb - ground_rgb).norm())
     error_3HW = pixels_3HW - drawn_3HW
-    share_HW = error_3HW.square().sum(dim=0).sqrt() / contrast_HW
+    share_HW = error_3HW.square().sum(dim=0).sqrt() / contrast_HW.where(contrast_HW > 0, _LOWEST_CONTRAST)
     patch_error = F.avg_pool2d(share_HW[None], 5, stride=1).max()
     outline = blur = 0.0
-    for patch, covered_HW in zip(patches, covered_KHW, strict=True):
+    hidden_HW = torch.zeros(side, side)
+    for k in reversed(range(len(things))):
+        covered_HW, seen_HW = covered_KHW[k], 1 - dilate(hidden_HW)
         rows, columns = covered_HW.diff(dim=0)[:, :-1], covered_HW.diff(dim=1)[:-1]
-        length = torch.hypot(rows, columns).sum()
-        leak_HW = (patch.alpha_HW - covered_HW) * _near_outline(covered_HW)
+        length = (torch.hypot(rows, columns) * seen_HW[:-1, :-1]).sum()
+        leak_HW = (patches[k].alpha_HW - covered_HW) * outline_KHW[k] * seen_HW
         outline = max(outline, float(leak_HW.abs().sum() / length))
         blur = max(blur, float((leak_HW * (0.5 - covered_HW).sign()).sum() / length))
-    flat = error_3HW[:, ~_near_outline(covered_KHW.sum(dim=0))]
+        hidden_HW = hidden_HW.maximum(covered_HW)
+    flat = error_3HW[:, ~outline_KHW.any(dim=0)]
     noise = float(flat.square().mean().sqrt()) if flat.numel() else 0.0
     return Misfit(noise, float(patch_error), outline, blur)
 
 
-def _near_outline(covered_HW: Tensor) -> Tensor:
+def _near_outline(covered_KHW: Tensor) -> Tensor:
     """The pixels within three of an outline."""
-    return _dilate(covered_HW, reach=3) + _dilate(-covered_HW, reach=3) > 0.01
+    return dilate(covered_KHW, reach=3) + dilate(-covered_KHW, reach=3) > 0.01
+
+
+# exact views and clips -------------------------------------------------------------------------------------
+
+
+def _unlike(pixels_3HW: Tensor, view: View, wrong: Sequence[View]) -> str:
+    """Why a picture does not show `view`, or "" if it does: as a whole shifted by up to `_SHIFT` pixels, and
+    by one more in places.
+    """
+    if not pixels_3HW.isfinite().all():
+        return "the picture has values that are not finite"
+    pixels_3HW, side = pixels_3HW.clamp(0, 1), pixels_3HW.shape[1]
+    inner_3HW = pixels_3HW[:, _SHIFT:-_SHIFT, _SHIFT:-_SHIFT]
+    views_V3HW, inner = render([view, *wrong], side), side - 2 * _SHIFT
+    shifted_V3SSHW = views_V3HW.unfold(2, inner, 1).unfold(3, inner, 1)
+    errors_VX = (shifted_V3SSHW - inner_3HW[:, None, None]).square().mean(dim=(1, 4, 5)).flatten(1)
+    if (errors_VX[1:].amin(dim=1) < errors_VX[0].min()).any():
+        return "the picture is nearer to another view"
+    down, right = divmod(int(errors_VX[0].argmin()), 2 * _SHIFT + 1)
+    drawn_3HW = shifted_V3SSHW[0, :, down, right]
+    contrast_HW = (dilate(drawn_3HW, reach=2) + dilate(-drawn_3HW, reach=2)).norm(dim=0)
+    around_3SSHW = shifted_V3SSHW[0, :, max(0, down - 1) : down + 2, max(0, right - 1) : right + 2]
+    share_SHW = (around_3SSHW - inner_3HW[:, None, None]).norm(dim=0).flatten(0, 1)
+    share_SHW = share_SHW / contrast_HW.clamp(min=_LOWEST_CONTRAST)
+    flat = (inner_3HW - drawn_3HW)[:, ~_near_outline(drawn_3HW).any(dim=0)]
+    return Misfit(
+        noise=float(flat.square().mean().sqrt()) if flat.numel() else 0.0,
+        patch=float(F.avg_pool2d(share_SHW, 5, stride=1).amin(dim=0).max()),
+        outline=0.0,
+        blur=0.0 if _sharpness(inner_3HW) >= _SHARP * _sharpness(drawn_3HW) else math.inf,
+    ).complaint()
+
+
+def _sharpness(pixels_3HW: Tensor) -> float:
+    """Squared differences of neighbours: less when the same edges are spread over more pixels."""
+    return float(pixels_3HW.diff(dim=1).square().sum() + pixels_3HW.diff(dim=2).square().sum())
+
+
+def locate(
+    picture: Tensor | Image.Image, things: Sequence[Thing], world: World
+) -> list[tuple[float, float] | None]:
+    """Where the centre of each of some objects of different colours is in a square picture, whatever their
+    rotation, or None for one that is lost: not there, hidden for the most part, or not recognisable.
+    """
+    pixels_3HW = _pixels(picture).clamp(0, 1).nan_to_num()
+    ground_rgb, ground, _ = _ground(pixels_3HW, world)
+    patches = find_patches(pixels_3HW, ground_rgb, ground=ground, world=world)
+    return [place_of(thing, patches) for thing in things]

@@ -1,42 +1,91 @@
-"""Scenes to pictures: signed distance fields on a pixel grid, for many scenes at once, at any size.
+"""Views to pictures: signed distance fields on a pixel grid, for many views at once, at any size.
 
-Shape suffixes: B scenes, N objects of all scenes, H and W pixels.
+Shape suffixes: B views, N objects of all scenes, S solids, K sides of a solid, H and W pixels.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from openbagel.world.scene import COLOUR_RGB, GROUND_RGB, HALF_BOX, Scene, Shape, Thing
+from openbagel.world.scene import COLOUR_RGB, GROUND_RGB, HALF_BOX, Scene, Shape, Solid, Thing, View
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Signed distance (negative inside) at points x (right) and y (down), all in units of the object's radius."""
+SOLID_SIDE = 0.44
+"""Width and height of a solid's side that faces the viewer, as fractions of the picture's side."""
+SOLID_HEIGHT = 0.6
+_AT_ONCE = {"cpu": 32}
+"""Views drawn at once: on a CPU so many that their objects stay in its cache."""
 
 
-def render(scenes: Sequence[Scene], side: int, device: torch.device | str = "cpu") -> Tensor:
-    """Pictures float[B, 3, side, side] in [0, 1] of `scenes`, with edges about one pixel wide."""
-    grounds = (
-        torch.tensor([GROUND_RGB[scene.ground] for scene in scenes], device=device).reshape(-1, 3, 1, 1) / 255
-    )
-    canvas_B3HW = grounds.repeat(1, 1, side, side)
-    layers = max((len(scene.things) for scene in scenes), default=0)
-    for layer in range(layers):
-        rows = [i for i, scene in enumerate(scenes) if len(scene.things) > layer]
-        things = [scenes[i].things[layer] for i in rows]
-        colours = torch.tensor([COLOUR_RGB[thing.colour] for thing in things], device=device) / 255
-        alpha_N1HW = coverage(things, side, device)[:, None]
-        index = torch.tensor(rows, device=device)
-        below = canvas_B3HW[index]
-        canvas_B3HW[index] = torch.lerp(below, colours.reshape(-1, 3, 1, 1).expand_as(below), alpha_N1HW)
+def render(views: Sequence[View], side: int, device: torch.device | str = "cpu") -> Tensor:
+    """Pictures float[B, 3, side, side] in [0, 1] of `views`, with edges about one pixel wide.
+
+    Objects may lie partly or wholly outside.
+    """
+    step = _AT_ONCE.get(torch.device(device).type, 4096)
+    chunks = [views[start : start + step] for start in range(0, len(views), step)]
+    pictures = [_render(chunk, side, device) for chunk in chunks]
+    return torch.cat(pictures) if pictures else torch.empty(0, 3, side, side, device=device)
+
+
+def _render(views: Sequence[View], side: int, device: torch.device | str) -> Tensor:
+    canvas_B3HW = _rgb([GROUND_RGB[view.ground] for view in views], device).repeat(1, 1, side, side)
+    layers = [
+        (layer, row, thing)
+        for row, view in enumerate(views)
+        if isinstance(view, Scene)
+        for layer, thing in enumerate(view.things)
+    ]
+    layers.sort(key=lambda found: found[0])
+    alpha_N1HW = coverage([thing for *_, thing in layers], side, device)[:, None]
+    colours_N311 = _rgb([COLOUR_RGB[thing.colour] for *_, thing in layers], device)
+    rows_N = torch.tensor([row for _, row, _ in layers], dtype=torch.long, device=device)
+    start = 0
+    for count in Counter(layer for layer, *_ in layers).values():
+        some = slice(start, start + count)
+        below = canvas_B3HW[rows_N[some]]
+        canvas_B3HW[rows_N[some]] = torch.lerp(below, colours_N311[some].expand_as(below), alpha_N1HW[some])
+        start += count
+    solids = [(row, view) for row, view in enumerate(views) if isinstance(view, Solid)]
+    if solids:
+        rows_S = torch.tensor([row for row, _ in solids], device=device)
+        canvas_B3HW[rows_S] = _over(canvas_B3HW[rows_S], [solid for _, solid in solids])
     return canvas_B3HW
 
 
-def render_picture(scene: Scene, side: int) -> Image.Image:
-    """One scene as an RGB picture of `side` × `side` pixels."""
-    return to_picture(render([scene], side)[0])
+def _rgb(colours: Sequence[tuple[int, int, int]], device: torch.device | str) -> Tensor:
+    return torch.tensor(colours, device=device).reshape(-1, 3, 1, 1) / 255
+
+
+def _over(canvas_S3HW: Tensor, solids: Sequence[Solid]) -> Tensor:
+    """Draw a solid on each picture: the sides that face the viewer, as rectangles side by side."""
+    side, device = canvas_S3HW.shape[-1], canvas_S3HW.device
+    turns = torch.tensor([solid.turn for solid in solids], dtype=torch.float64)
+    angle_SK1 = (turns[:, None, None] + torch.arange(4)[:, None] * (math.pi / 2)).to(device)
+    middle, half = 0.5 + SOLID_SIDE / 2 * angle_SK1.sin(), SOLID_SIDE / 2 * angle_SK1.cos().clamp(min=0)
+    across_SKW = _share_between(middle - half, middle + half, side)
+    half_height = torch.full((1, 1), SOLID_HEIGHT / 2, device=device)
+    down_H = _share_between(0.5 - half_height, 0.5 + half_height, side)[0]
+    colours_S3K = _rgb([COLOUR_RGB[c] for solid in solids for c in solid.sides], device).reshape(-1, 4, 3).mT
+    sides_S3W = colours_S3K @ across_SKW + canvas_S3HW[:, :, 0] * (1 - across_SKW.sum(dim=1, keepdim=True))
+    return torch.lerp(canvas_S3HW, sides_S3W[:, :, None].expand_as(canvas_S3HW), down_H[:, None])
+
+
+def _share_between(low_X1: Tensor, high_X1: Tensor, side: int) -> Tensor:
+    """How much of each pixel of a row lies between two places: float[X, side]."""
+    left = torch.arange(side, device=low_X1.device) / side
+    return ((high_X1.minimum(left + 1 / side) - low_X1.maximum(left)).clamp(min=0) * side).float()
+
+
+def render_picture(view: View, side: int) -> Image.Image:
+    """One view as an RGB picture of `side` × `side` pixels."""
+    return to_picture(render([view], side)[0])
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
@@ -48,17 +97,19 @@ def to_picture(pixels: Tensor) -> Image.Image:
 def coverage(things: Sequence[Thing], side: int, device: torch.device | str = "cpu") -> Tensor:
     """How much of each pixel every object covers: float[N, side, side] in [0, 1]."""
     grid = (torch.arange(side, device=device) + 0.5) / side
+    numbers_N4 = np.array([(t.x, t.y, t.radius, t.rotation) for t in things], np.float64).reshape(-1, 4)
+    turned = np.stack([np.cos(numbers_N4[:, 3]), np.sin(numbers_N4[:, 3])], axis=1)
+    numbers_N5 = torch.from_numpy(np.concatenate([numbers_N4[:, :3], turned], axis=1)).float().to(device)
     covered_NHW = torch.empty(len(things), side, side, device=device)
-    for shape in dict.fromkeys(thing.shape for thing in things):
-        rows = [i for i, thing in enumerate(things) if thing.shape == shape]
-        some = [things[i] for i in rows]
-        numbers = torch.tensor(
-            [(t.x, t.y, t.radius, math.cos(t.rotation), math.sin(t.rotation)) for t in some]
-        )
-        x, y, radius, cos, sin = numbers.to(device).reshape(-1, 5, 1, 1).unbind(1)
+    rows: dict[Shape, list[int]] = {}
+    for row, thing in enumerate(things):
+        rows.setdefault(thing.shape, []).append(row)
+    for shape, some in rows.items():
+        index = torch.tensor(some, device=device)
+        x, y, radius, cos, sin = numbers_N5[index].reshape(-1, 5, 1, 1).unbind(1)
         dx, dy = (grid - x) / radius, (grid[:, None] - y) / radius
         distance_NHW = _DISTANCES[shape](dx * cos + dy * sin, dy * cos - dx * sin) * (radius * side)
-        covered_NHW[torch.tensor(rows, device=device)] = (0.5 - distance_NHW).clamp(0, 1)
+        covered_NHW[index] = (0.5 - distance_NHW).clamp(0, 1)
     return covered_NHW
 
 
@@ -82,10 +133,10 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(_box(x, y, 1.0, 0.36), _box(x, y, 0.36, 1.0))
 
 
-def _wedge(x: Tensor, y: Tensor, tip: float, base: float) -> Tensor:
-    """An isosceles triangle with its tip at (0, tip) and its base, 2 units wide, at y = base."""
+def _wedge(x: Tensor, y: Tensor, tip: float, base: float, half: float = 1.0) -> Tensor:
+    """An isosceles triangle with its tip at (0, tip) and its base, twice `half` wide, at y = base."""
     height = base - tip
-    side = (height * x.abs() - (y - tip)) / math.hypot(height, 1.0)
+    side = (height * x.abs() - half * (y - tip)) / math.hypot(height, half)
     return torch.maximum(y - base, side)
 
 
@@ -103,13 +154,11 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
     y = y - 0.105
     radius = 1.1
     line = radius * math.cos(2 * math.pi / 5)
-    sides = torch.stack(
-        [
-            math.sin(angle) * x - math.cos(angle) * y - line
-            for angle in (2 * math.pi * k / 5 for k in range(5))
-        ]
-    )
-    return sides.topk(2, dim=0).values[1]
+    first = second = torch.full_like(x, -math.inf)
+    for angle in (2 * math.pi * k / 5 for k in range(5)):
+        outside = math.sin(angle) * x - math.cos(angle) * y - line
+        first, second = first.maximum(outside), second.maximum(first.minimum(outside))
+    return second
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
@@ -121,6 +170,16 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(disc, wedge)
 
 
+def _moon(x: Tensor, y: Tensor) -> Tensor:
+    """A disc without a smaller one that reaches over its right side."""
+    return torch.maximum(torch.hypot(x - 0.2, y) - 1, 0.8 - torch.hypot(x - 0.8, y))
+
+
+def _arrow(x: Tensor, y: Tensor) -> Tensor:
+    """It points upwards."""
+    return torch.minimum(_wedge(x, y, -1.0, 0.0, half=0.9), _box(x, y - 0.4, 0.34, 0.6))
+
+
 _DISTANCES: dict[Shape, Distance] = {
     Shape.CIRCLE: _circle,
     Shape.SQUARE: _square,
@@ -130,4 +189,6 @@ _DISTANCES: dict[Shape, Distance] = {
     Shape.RING: _ring,
     Shape.HEART: _heart,
     Shape.DIAMOND: _diamond,
+    Shape.MOON: _moon,
+    Shape.ARROW: _arrow,
 }

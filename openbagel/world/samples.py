@@ -1,17 +1,17 @@
-"""The toy world as data sets: one for each kind of task, laid out as official data is."""
+"""The toy world as data sets: one for each kind of exercise, its rows read by the ordinary data tasks."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from openbagel.config import BagelConfig
-from openbagel.data.samples import Draw, Look, Part, Picture, Role
-from openbagel.images import to_picture
-from openbagel.sequence import Text
+from openbagel.config import BagelConfig, nearest
+from openbagel.data.samples import Part
+from openbagel.data.tasks import TASKS as DATA_TASKS
+from openbagel.data.tasks import Dropout, TaskSetting
 from openbagel.tokens import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING, TextCodec
-from openbagel.world.render import render
-from openbagel.world.scene import Scene, World
-from openbagel.world.tasks import corpus, example
+from openbagel.world import rows
+from openbagel.world.scene import WORLDS, World
+from openbagel.world.tasks import TASKS, corpus, example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,18 +22,41 @@ class Mixture:
 
     kinds: dict[str, float]
     think: float = 0.1
+    think_kinds: float = 0.5
+    """The same for the kinds think_…, whose prompts are hard without."""
     text_dropout: float = 0.1
     vit_dropout: float = 0.3
     vae_dropout: float = 0.1
     copies: int = 1
     """Noised copies of a target, each at its own time."""
+    group_decay: float = 0.3
+    """Frames to draw are cut into n groups with a weight of group_decay^(n - 1)."""
     examples_per_kind: int = 20_000
     seed: int = 0
+    world: str = "nano"
+
+    def __post_init__(self) -> None:
+        world_named(self.world)
+        for kind in self.kinds:
+            if kind not in TASKS:
+                raise ValueError(
+                    f"kinds: unknown kind {kind!r}{nearest(kind, TASKS)}; there are {', '.join(TASKS)}"
+                )
+
+
+def world_named(name: str) -> World:
+    """ValueError when there is none of this name."""
+    if name not in WORLDS:
+        raise ValueError(f"unknown world {name!r}{nearest(name, WORLDS)}; there are {', '.join(WORLDS)}")
+    return WORLDS[name]()
 
 
 @dataclass(frozen=True, slots=True)
 class WorldDataset:
-    """Examples of one kind of task, none of which shows or names a held-out pair (a `Dataset`)."""
+    """Examples of one kind, none of which shows or names what is held out (a `Dataset`).
+
+    They are made anew whenever they are asked for; nothing is kept.
+    """
 
     kind: str
     world: World
@@ -59,43 +82,22 @@ class WorldDataset:
 
     def parts(self, row: int, rng: random.Random) -> list[Part]:
         mixture, settings = self.mixture, self.config.settings
-        made = example(self.world, mixture.seed, row, self.kind, think=rng.random() < mixture.think)
-        drawing = made.target is not None
-
-        def kept(dropout: float) -> bool:
-            return not drawing or rng.random() >= dropout
-
-        parts: list[Part] = []
-        if made.thought is not None:
-            parts.append(self._text(THINK_BEFORE_DRAWING if drawing else THINK_BEFORE_ANSWERING))
-        for scene in made.pictures:
-            picture = self._picture(scene)
-            if drawing:
-                shown = (picture,) if kept(mixture.vae_dropout) else ()
-                parts.append(Draw(shown, settings.vae_limits, Role.CONDITION))
-            parts.append(Look(picture if kept(mixture.vit_dropout) else None, settings.vit_limits))
-        thought = "" if made.thought is None else thinking(made.thought)
-        if kept(mixture.text_dropout):
-            parts.append(self._text(made.prompt))
-            if drawing and thought:
-                parts.append(self._text(thought, loss=True))
-        if made.target is None:
-            return [*parts, self._text(thought + (made.answer or ""), loss=True)]
-        target = (self._picture(made.target),)
-        return [*parts, Draw(target, settings.vae_limits, Role.TARGET, copies=mixture.copies)]
-
-    def _picture(self, scene: Scene) -> Picture:
-        return Picture.of(to_picture(render([scene], self.world.side)[0] * 2 - 1))
-
-    def _text(self, text: str, loss: bool = False) -> Text:
-        return Text(self.codec.encode(text), loss)
-
-
-def thinking(thought: str) -> str:
-    return f"<think>{thought}</think>"
+        made = example(self.world, mixture.seed, row, self.kind)
+        share = mixture.think_kinds if self.kind.startswith("think_") else mixture.think
+        task, fields = rows.row(made, self.world.side, thinks=rng.random() < share)
+        setting = TaskSetting(
+            codec=self.codec,
+            vae=settings.vae_limits,
+            vit=settings.vit_limits if self.config.vit else None,
+            dropout=Dropout(mixture.text_dropout, mixture.vit_dropout, mixture.vae_dropout),
+            rng=rng,
+            copies=mixture.copies,
+            group_decay=mixture.group_decay,
+        )
+        return DATA_TASKS[task](fields, setting)
 
 
 def world_codec(world: World, vocab_size: int = 512) -> TextCodec:
     """The world's own small vocabulary, think prompts included."""
-    texts = [*corpus(world), *[THINK_BEFORE_DRAWING, THINK_BEFORE_ANSWERING, thinking("")] * 2000]
-    return TextCodec.train(texts, vocab_size)
+    prompts = [THINK_BEFORE_DRAWING, THINK_BEFORE_ANSWERING, "<think></think>"]
+    return TextCodec.train([*corpus(world), *prompts * 2000], vocab_size)

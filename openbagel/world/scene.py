@@ -5,9 +5,11 @@ Coordinates are fractions of the picture's side, x to the right and y down. Noth
 
 import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 
 Pair = tuple["Shape", "Colour"]
 
@@ -21,6 +23,8 @@ class Shape(StrEnum):
     RING = "ring"
     HEART = "heart"
     DIAMOND = "diamond"
+    MOON = "moon"
+    ARROW = "arrow"
 
 
 class Colour(StrEnum):
@@ -32,6 +36,8 @@ class Colour(StrEnum):
     CYAN = "cyan"
     ORANGE = "orange"
     PINK = "pink"
+    BROWN = "brown"
+    LIME = "lime"
 
 
 class Size(StrEnum):
@@ -46,6 +52,7 @@ class Ground(StrEnum):
     GREY = "grey"
     NAVY = "navy"
     BEIGE = "beige"
+    TEAL = "teal"
 
 
 COLOUR_RGB: dict[Colour, tuple[int, int, int]] = {
@@ -57,6 +64,8 @@ COLOUR_RGB: dict[Colour, tuple[int, int, int]] = {
     Colour.CYAN: (50, 210, 225),
     Colour.ORANGE: (250, 135, 25),
     Colour.PINK: (250, 135, 195),
+    Colour.BROWN: (115, 65, 20),
+    Colour.LIME: (150, 240, 40),
 }
 GROUND_RGB: dict[Ground, tuple[int, int, int]] = {
     Ground.WHITE: (255, 255, 255),
@@ -64,6 +73,7 @@ GROUND_RGB: dict[Ground, tuple[int, int, int]] = {
     Ground.GREY: (128, 128, 128),
     Ground.NAVY: (15, 20, 80),
     Ground.BEIGE: (235, 220, 185),
+    Ground.TEAL: (0, 100, 100),
 }
 RADIUS: dict[Size, float] = {Size.SMALL: 0.12, Size.MEDIUM: 0.155, Size.LARGE: 0.19}
 """Nominal radius of an object, as a fraction of the picture's side."""
@@ -77,18 +87,36 @@ HALF_BOX: dict[Shape, tuple[float, float]] = {
     Shape.RING: (1.0, 1.0),
     Shape.HEART: (1.0, 0.87),
     Shape.DIAMOND: (0.7, 1.1),
+    Shape.MOON: (0.8, 1.0),
+    Shape.ARROW: (0.9, 1.0),
 }
 """Half the width and height of each unrotated shape, in radii; an object's centre is its box's centre."""
 
+SYMMETRY: dict[Shape, int] = dict.fromkeys(Shape, 1) | {
+    Shape.DIAMOND: 2,
+    Shape.SQUARE: 4,
+    Shape.CROSS: 4,
+    Shape.STAR: 5,
+    Shape.CIRCLE: 0,
+    Shape.RING: 0,
+}
+"""With n, a shape looks the same after a turn by a whole n-th of a circle; with 0, after every turn."""
+
+RELATIONS: dict[str, str] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+"""The words for where an object is seen from another one, with their opposites."""
+
 MARGIN = 0.02
 GAP = 0.04
+_LEAST_TURN = math.radians(30)
 _PLACEMENT_ROUNDS = 200
 _TRIES_PER_OBJECT = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object. `x`, `y` is its centre in [0, 1]; `rotation` is in radians, clockwise as seen."""
+    """One object. `x`, `y` is its centre in [0, 1]; `rotation` is in radians, clockwise as seen; `scale`
+    multiplies its radius (a map seen from near or far).
+    """
 
     shape: Shape
     colour: Colour
@@ -96,20 +124,28 @@ class Thing:
     x: float
     y: float
     rotation: float = 0.0
+    scale: float = 1.0
 
     @property
     def radius(self) -> float:
-        return RADIUS[self.size]
+        return RADIUS[self.size] * self.scale
 
     @property
     def pair(self) -> Pair:
         return self.shape, self.colour
 
     def half_box(self) -> tuple[float, float]:
-        """Half width and height of a box around the object, in fractions of the side; tight if unrotated."""
-        width, height = HALF_BOX[self.shape]
-        cos, sin = abs(math.cos(self.rotation)), abs(math.sin(self.rotation))
-        return self.radius * (width * cos + height * sin), self.radius * (width * sin + height * cos)
+        """Half width and height of a box around the object, in fractions of the side; tight after quarter
+        turns.
+        """
+        return _half_box(self.shape, self.radius, self.rotation)
+
+
+@lru_cache(maxsize=4096)
+def _half_box(shape: Shape, radius: float, rotation: float) -> tuple[float, float]:
+    width, height = HALF_BOX[shape]
+    cos, sin = abs(math.cos(rotation)), abs(math.sin(rotation))
+    return radius * (width * cos + height * sin), radius * (width * sin + height * cos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +154,21 @@ class Scene:
 
     ground: Ground
     things: tuple[Thing, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Solid:
+    """An upright prism of four coloured sides, turned by `turn` radians about its axis and seen from the
+    side. Without a turn the first side faces the viewer; a positive turn moves it to the right, and the
+    last one comes into sight on the left.
+    """
+
+    ground: Ground
+    sides: tuple[Colour, Colour, Colour, Colour]
+    turn: float
+
+
+View = Scene | Solid
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +187,12 @@ class Look:
 class World:
     """Which scenes exist.
 
-    `held_out` pairs of shape and colour never occur in scenes sampled for training; `side` is the side of a
-    picture in pixels; with `cells`, centres lie on multiples of 1/cells, else anywhere. Every random choice
-    comes from the `random.Random` that is passed in.
+    `held_out` pairs of shape and colour never occur in scenes sampled for training; `held_out_relations` are
+    words that are never said of a pair (a red circle is never called "left of" anything), `held_out_counts`
+    numbers in which a pair never comes. `side` is the side of a picture in pixels; with `cells`, centres lie
+    on multiples of 1/cells, else anywhere. Objects are turned by one of `rotations`. Up to the share
+    `overlap` of an object's width or height may be hidden by a later one; with 0 objects keep a gap. Every
+    random choice comes from the `random.Random` that is passed in.
     """
 
     shapes: tuple[Shape, ...]
@@ -149,6 +203,10 @@ class World:
     side: int
     held_out: frozenset[Pair] = field(default_factory=frozenset)
     cells: int | None = None
+    rotations: tuple[float, ...] = (0.0,)
+    overlap: float = 0.0
+    held_out_relations: frozenset[tuple[Pair, str]] = field(default_factory=frozenset)
+    held_out_counts: frozenset[tuple[Pair, int]] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
         seen = self.pairs(held_out=False)
@@ -164,50 +222,120 @@ class World:
         every = [(shape, colour) for shape in self.shapes for colour in self.colours]
         return [pair for pair in every if (pair in self.held_out) == held_out]
 
-    def sample_look(self, rng: random.Random, *, held_out: bool = False) -> Look:
-        """A random object's look; from the held-out pairs, or never from them."""
+    def relations(self, a: Pair, b: Pair, *, held_out: bool) -> list[str]:
+        """The relations of an object of pair `a` to one of pair `b` that are of one kind (held out, or free
+        to train on): one is held out if it is for `a`, or if its opposite is for `b`.
+        """
+        out = self.held_out_relations
+        return [
+            word
+            for word, opposite in RELATIONS.items()
+            if ((a, word) in out or (b, opposite) in out) == held_out
+        ]
+
+    def counts(self, pair: Pair, *, held_out: bool) -> list[int]:
+        """How many objects of a pair a picture may have, from one to the most, of one kind."""
+        every = range(1, self.max_things + 1)
+        return [count for count in every if ((pair, count) in self.held_out_counts) == held_out]
+
+    def sizes_for(self, count: int) -> tuple[Size, ...]:
+        """The sizes that `count` objects may have so that they always fit, with ease: all for three, not the
+        largest for four, the smallest alone for more.
+        """
+        return self.sizes[: 1 if count > 4 else 2 if count == 4 else len(self.sizes)]
+
+    def turns(self, shape: Shape) -> tuple[float, ...]:
+        """The rotations of a shape that can be told from one another."""
+        return _distinct_turns(shape, self.rotations)
+
+    def sample_look(self, rng: random.Random, *, held_out: bool = False, count: int = 1) -> Look:
+        """The look of a random one of `count` objects; from the held-out pairs, or never from them."""
         shape, colour = rng.choice(self.pairs(held_out=held_out))
-        return Look(shape, colour, rng.choice(self.sizes))
+        return Look(shape, colour, rng.choice(self.sizes_for(count)))
 
     def sample_scene(self, rng: random.Random, count: int, *, held_out: bool = False) -> Scene:
-        """A scene of `count` objects that keep a gap between them and a margin to the border.
+        """A scene of `count` objects inside the picture, with a margin to its border.
 
-        With `held_out` one object is a held-out pair; without, none is. Raises ValueError when so many
-        objects cannot be placed.
+        With `held_out` one object is a held-out pair; without, none is, and no pair comes in a number that
+        is held out for it. Raises ValueError when so many objects cannot be placed.
         """
-        looks = [self.sample_look(rng, held_out=held_out and i == 0) for i in range(count)]
-        rng.shuffle(looks)
-        return self.place(rng, looks)
+        while True:
+            looks = [self.sample_look(rng, held_out=held_out and i == 0, count=count) for i in range(count)]
+            numbers = Counter((look.shape, look.colour) for look in looks)
+            if held_out or self.held_out_counts.isdisjoint(numbers.items()):
+                rng.shuffle(looks)
+                return self.place(rng, looks)
 
-    def place(self, rng: random.Random, looks: Sequence[Look], *, ground: Ground | None = None) -> Scene:
-        """A scene that shows `looks` in this order at random free places, on `ground` or a random one."""
+    def place(
+        self,
+        rng: random.Random,
+        looks: Sequence[Look],
+        *,
+        ground: Ground | None = None,
+        overlaps: bool = True,
+    ) -> Scene:
+        """A scene that shows `looks` in this order at random free places, on `ground` or a random one.
+
+        Without `overlaps`, and in every second picture, all objects keep a gap. Raises ValueError when they
+        do not fit.
+        """
         chosen = ground or rng.choice(self.grounds)
+        overlaps = overlaps and self.overlap > 0 and rng.random() < 1 / 2
         for _ in range(_PLACEMENT_ROUNDS):
             things: list[Thing] = []
             for look in looks:
-                thing = find_place(rng, look, things, cells=self.cells)
+                thing = self.find_place(rng, look, things, overlaps=overlaps)
                 if thing is None:
                     break
                 things.append(thing)
             else:
                 return Scene(chosen, tuple(things))
-        return Scene(chosen, _on_grid(looks))
+        return Scene(chosen, self._on_grid(looks))
 
+    def find_place(
+        self, rng: random.Random, look: Look, others: Sequence[Thing], *, overlaps: bool = True
+    ) -> Thing | None:
+        """`look` at a random place on top of `others` where it may be, or None if no try found one."""
+        turns = self.turns(look.shape)
+        rotation = turns[0] if len(turns) == 1 else rng.choice(turns)
+        half_width, half_height = look.at(0.5, 0.5, rotation=rotation).half_box()
+        for _ in range(_TRIES_PER_OBJECT):
+            x, y = (_coordinate(rng, half + MARGIN, self.cells) for half in (half_width, half_height))
+            thing = look.at(x, y, rotation=rotation)
+            if self._may_lie(thing, others, overlap=self.overlap if overlaps else 0):
+                return thing
+        return None
 
-def find_place(
-    rng: random.Random, look: Look, others: Sequence[Thing], *, cells: int | None = None
-) -> Thing | None:
-    """`look` at a random place inside the picture and apart from `others`, or None if no try found one.
+    def allows(self, things: Sequence[Thing]) -> bool:
+        """Whether all objects are inside the picture and can be told apart and counted: they keep a gap, or,
+        two and two, the later hides little of the other, which has another colour.
+        """
+        return all(
+            inside(thing) and self._may_lie(thing, things[:i], overlap=self.overlap)
+            for i, thing in enumerate(things)
+        )
 
-    With `cells` its centre lies on a multiple of 1/cells.
-    """
-    half_width, half_height = look.at(0.5, 0.5).half_box()
-    for _ in range(_TRIES_PER_OBJECT):
-        x, y = (_coordinate(rng, half + MARGIN, cells) for half in (half_width, half_height))
-        thing = look.at(x, y)
-        if all(apart(thing, other) for other in others):
-            return thing
-    return None
+    def _may_lie(self, thing: Thing, others: Sequence[Thing], *, overlap: float) -> bool:
+        near = [other for other in others if not apart(thing, other)]
+        if not near or not overlap or len(near) > 1:
+            return not near
+        below = near[0]
+        alone = all(other is below or apart(below, other) for other in others)
+        return alone and below.colour != thing.colour and hidden(below, thing) <= overlap
+
+    def _on_grid(self, looks: Sequence[Look]) -> tuple[Thing, ...]:
+        """The last resort of `place`: one object in each cell of a square grid."""
+        columns = math.ceil(math.sqrt(len(looks)))
+        middles = [(i + 0.5) / columns for i in range(columns)]
+        if self.cells:
+            middles = [round(middle * self.cells) / self.cells for middle in middles]
+        things = [look.at(middles[i % columns], middles[i // columns]) for i, look in enumerate(looks)]
+        if not self.allows(things):
+            sizes = ", ".join(look.size for look in looks)
+            raise ValueError(
+                f"{len(looks)} objects ({sizes}) do not fit into one picture; ask for fewer or smaller ones"
+            )
+        return tuple(things)
 
 
 def _coordinate(rng: random.Random, lowest: float, cells: int | None) -> float:
@@ -229,17 +357,30 @@ def inside(thing: Thing) -> bool:
     return left <= thing.x <= 1 - left and top <= thing.y <= 1 - top
 
 
-def _on_grid(looks: Sequence[Look]) -> tuple[Thing, ...]:
-    """The last resort of `World.place`: one object in each cell of a square grid."""
-    cells = math.ceil(math.sqrt(len(looks)))
-    things = [look.at((i % cells + 0.5) / cells, (i // cells + 0.5) / cells) for i, look in enumerate(looks)]
-    clash = any(not apart(a, b) for i, a in enumerate(things) for b in things[:i])
-    if clash or not all(inside(thing) for thing in things):
-        sizes = ", ".join(look.size for look in looks)
-        raise ValueError(
-            f"{len(looks)} objects ({sizes}) do not fit into one picture; ask for fewer or smaller ones"
-        )
-    return tuple(things)
+def hidden(below: Thing, above: Thing) -> float:
+    """The share of an object's width or height, whichever is less, that another one's box hides at most."""
+    (width, height), (a_width, a_height) = below.half_box(), above.half_box()
+    across = (width + a_width - abs(below.x - above.x)) / (2 * width)
+    down = (height + a_height - abs(below.y - above.y)) / (2 * height)
+    return max(0.0, min(across, down))
+
+
+def turn_between(shape: Shape, a: float, b: float) -> float:
+    """The least angle by which a shape that is turned by `a` must go on to look as if turned by `b`."""
+    if not SYMMETRY[shape]:
+        return 0.0
+    period = 2 * math.pi / SYMMETRY[shape]
+    rest = (a - b) % period
+    return min(rest, period - rest)
+
+
+@lru_cache(maxsize=256)
+def _distinct_turns(shape: Shape, rotations: tuple[float, ...]) -> tuple[float, ...]:
+    kept: list[float] = []
+    for angle in rotations:
+        if all(turn_between(shape, angle, other) > _LEAST_TURN for other in kept):
+            kept.append(angle)
+    return tuple(kept)
 
 
 def nano_world() -> World:
@@ -265,3 +406,30 @@ def nano_world() -> World:
             }
         ),
     )
+
+
+def full_world() -> World:
+    """The grown world: 10 shapes, 10 colours, 3 sizes, 6 grounds, quarter turns, up to 6 objects that may
+    overlap; 20 of 100 pairs held out, of every shape and every colour two, and one relation and one count of
+    each pair. Centres keep to every fourth pixel, as in the first world.
+    """
+    shapes, colours, relations = tuple(Shape), tuple(Colour), tuple(RELATIONS)
+    every = [(i, j, (shape, colour)) for i, shape in enumerate(shapes) for j, colour in enumerate(colours)]
+    return World(
+        shapes=shapes,
+        colours=colours,
+        sizes=tuple(Size),
+        grounds=tuple(Ground),
+        max_things=6,
+        side=64,
+        cells=16,
+        rotations=(0.0, math.pi / 2, math.pi, 3 * math.pi / 2),
+        overlap=0.3,
+        held_out=frozenset(pair for i, j, pair in every if (j - 3 * i) % 5 == 0),
+        held_out_relations=frozenset((pair, relations[(i + j) % 4]) for i, j, pair in every),
+        held_out_counts=frozenset((pair, 2 + (i + 2 * j) % 5) for i, j, pair in every),
+    )
+
+
+WORLDS: dict[str, Callable[[], World]] = {"nano": nano_world, "full": full_world}
+"""The worlds by the names that models' configurations use."""

@@ -246,6 +246,6 @@ def test_the_example_is_packed_for_nano(example: Path) -> None:
         expected_num_tokens=1800, max_num_tokens=2048, max_num_tokens_per_sample=1024, streams=1
     )
     stream = Stream(Supply(groups, packing, seed=0, measure=measure, pair_cost=pair_cost(config)), 0)
-    packs = [stream.next_pack() for _ in range(4)]
+    packs = [stream.next_pack() for _ in range(8)]
     assert not [skipped for _, skips in packs for skipped in skips]
     assert {sample.id.dataset for pack, _ in packs for sample in pack} == set(by_name)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,8 @@ def test_the_example_is_sound_and_one_step_runs_on_it(example: Path, tmp_path: P
         (ce.mean() + mse.mean()).backward()
         return {"ce": ce.mean().item(), "mse": mse.mean().item()}
 
-    options = Examination(packing=PACKING, previews=tmp_path)
+    packing = replace(PACKING, max_num_tokens_per_sample=1024)
+    options = Examination(packing=packing, previews=tmp_path)
     report = examine([example], config=config, codec=codec, options=options, dry_run=step)
     assert report.problems == []
     assert len(report.datasets) == len(kinds) == 8

@@ -315,7 +315,7 @@ def test_thoughts_stand_before_the_answer() -> None:
         ({"conversations": [{"from": "gpt"}]}, "'conversations' is no text but None"),
         ({"conversations": ["hm"]}, "'hm' comes from none of"),
         ({"conversations": None}, "'conversations' is missing"),
-        ({"image": None, "video": "gone.mp4"}, "'video': gone.mp4 cannot be read"),
+        ({"image": None, "video": "gone.mp4"}, "'video': no such video: gone.mp4"),
     ],
 )
 def test_bad_conversations(row: dict, message: str) -> None:

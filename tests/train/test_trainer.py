@@ -307,7 +307,7 @@ def test_a_sample_is_the_same_in_any_company():
     together, alone = encoder().segments(samples), encoder().segments(samples[2:3])
     ours, theirs = together[2][-1], alone[0][-1]
     assert isinstance(ours, VaeImage) and isinstance(theirs, VaeImage) and ours.t == theirs.t
-    assert torch.allclose(ours.frames[0].tokens, theirs.frames[0].tokens, atol=1e-6)
+    assert torch.allclose(ours.frames[0].tokens, theirs.frames[0].tokens, atol=5e-6)
 
 
 def test_latents_are_encoded_once(tmp_path: Path):
@@ -366,14 +366,14 @@ def test_shipped_recipes_are_understood(path: Path):
 
 
 def test_numbers_as_people_write_them():
-    assert read_recipe(RECIPES / "nano.yaml", ["train.schedule.lr=2e-5"]).train.schedule.lr == 2e-5
+    assert read_recipe(RECIPES / "nano_finetuning.yaml", ["train.schedule.lr=2e-5"]).train.schedule.lr == 2e-5
 
 
 def test_unknown_keys_name_the_nearest():
     with pytest.raises(ValueError, match="'stepz'.*'steps'"):
-        read_recipe(RECIPES / "nano.yaml", ["train.stepz=3"])
+        read_recipe(RECIPES / "nano_finetuning.yaml", ["train.stepz=3"])
     with pytest.raises(ValueError, match="no override"):
-        read_recipe(RECIPES / "nano.yaml", ["train.steps"])
+        read_recipe(RECIPES / "nano_finetuning.yaml", ["train.steps"])
 
 
 def test_a_stage_fills_in_what_a_recipe_leaves_open():

@@ -1,9 +1,22 @@
 """The words: articles, plurals, places, relations, captions."""
 
+from dataclasses import replace
+
 import pytest
 
-from openbagel.world.language import Phrase, Relation, caption, enumerate_words, layout, place_name
-from openbagel.world.scene import Colour, Ground, Scene, Shape, Size, Thing
+from openbagel.world.language import (
+    CORNERS,
+    NUMBERS,
+    Phrase,
+    Relation,
+    caption,
+    enumerate_words,
+    layout,
+    near_place,
+    place_name,
+    placed,
+)
+from openbagel.world.scene import Colour, Ground, Look, Scene, Shape, Size, Thing
 
 CIRCLE = Thing(Shape.CIRCLE, Colour.RED, Size.LARGE, 0.2, 0.2)
 SQUARE = Thing(Shape.SQUARE, Colour.BLUE, Size.SMALL, 0.8, 0.85)
@@ -25,7 +38,26 @@ def test_phrases_match_what_they_mention() -> None:
     assert Phrase(size=Size.LARGE).matches(CIRCLE) and not Phrase(size=Size.SMALL).matches(CIRCLE)
 
 
+def test_phrases_may_name_a_place() -> None:
+    phrase = placed(CIRCLE)
+    assert phrase.indefinite() == "a large red circle at the top left" and phrase.matches(CIRCLE)
+    assert not phrase.matches(replace(CIRCLE, x=0.6)) and phrase.matches(replace(CIRCLE, x=0.4))
+    assert phrase.matches(Look(Shape.CIRCLE, Colour.RED, Size.LARGE)), "a look has no place"
+    assert Phrase(Shape.STAR, count=2, place="top").indefinite() == "two stars at the top"
+
+
+def test_places_reach_a_little_over_their_cells() -> None:
+    for x, near in ((0.3, True), (0.41, True), (0.42, False), (0.0, True), (-0.01, True)):
+        assert near_place(replace(CIRCLE, x=x, y=0.5), "left") == near
+    assert near_place(replace(CIRCLE, x=0.3, y=0.3), "centre")
+
+
+def test_there_is_a_word_for_every_number_of_corners() -> None:
+    assert set(CORNERS) == set(Shape) and max(CORNERS.values()) < len(NUMBERS)
+
+
 def test_enumeration() -> None:
+    assert enumerate_words(["x", "y", "z"], "or") == "x, y or z"
     assert [enumerate_words(list(words)) for words in ("", "x", "xy", "xyz")] == [
         "",
         "x",

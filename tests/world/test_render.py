@@ -1,7 +1,9 @@
 """Pictures: right colours in the right pixels at any size, smooth edges, the same in batches and alone."""
 
+import hashlib
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from openbagel.world.scene import (
     Scene,
     Shape,
     Size,
+    Solid,
     Thing,
+    full_world,
     nano_world,
 )
 
@@ -26,6 +30,7 @@ AREAS = {
     Shape.CROSS: 2 * 2 * 0.72 - 0.72**2,
     Shape.RING: math.pi * (1 - 0.4**2),
     Shape.DIAMOND: 2 * 0.7 * 1.1,
+    Shape.ARROW: 0.9 + 2 * 0.34,
 }
 """Areas in squared radii, from geometry."""
 
@@ -38,6 +43,14 @@ def test_sizes_and_range(side: int) -> None:
     assert pictures.shape == (4, 3, side, side) and pictures.dtype == torch.float32
     assert pictures.min() >= 0 and pictures.max() <= 1
     assert pictures[3].eq(0).all()
+
+
+def test_the_first_world_looks_as_it_did() -> None:
+    """Shipped weights were trained on these pictures."""
+    rng = random.Random(0)
+    scenes = [nano_world().sample_scene(rng, 1 + i % 3, held_out=i % 4 == 0) for i in range(300)]
+    pixels = b"".join(to_picture(picture).tobytes() for picture in render(scenes, 64))
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "8b50c8fdef0e8d46"
 
 
 def test_no_scenes_no_pictures() -> None:
@@ -55,9 +68,10 @@ def test_colours_inside_and_outside() -> None:
 
 def test_a_batch_equals_its_scenes_alone() -> None:
     rng = random.Random(1)
-    scenes = [nano_world().sample_scene(rng, 1 + i % 3) for i in range(30)]
-    alone = torch.cat([render([scene], 64) for scene in scenes])
-    assert torch.equal(render(scenes, 64), alone)
+    views = [full_world().sample_scene(rng, 1 + i % 6) for i in range(40)] + [Scene(Ground.TEAL, ())]
+    views = [*views, *(SOLID for _ in range(2)), *views[:7], replace(SOLID, turn=1.0)]
+    alone = torch.cat([render([view], 64) for view in views])
+    assert torch.equal(render(views, 64), alone)
 
 
 @pytest.mark.parametrize("shape", Shape)
@@ -114,6 +128,37 @@ def test_later_things_lie_on_top() -> None:
     assert picture.size == (64, 64) and picture.mode == "RGB"
     assert picture.getpixel((32, 32)) == COLOUR_RGB[Colour.BLUE]
     assert picture.getpixel((23, 32)) == COLOUR_RGB[Colour.RED]
+
+
+def test_a_scaled_object_outside_leaves_only_its_part() -> None:
+    thing = Thing(Shape.SQUARE, Colour.RED, Size.LARGE, 0.0, 0.5, scale=0.5)
+    covered = coverage([thing, replace(thing, x=-0.3)], 64)
+    assert covered[0].sum() == pytest.approx((0.88 * 0.095 * 64) ** 2 * 2, rel=0.02)
+    assert covered[0, :, 6:].eq(0).all() and covered[1].eq(0).all()
+
+
+SOLID = Solid(Ground.BLACK, (Colour.RED, Colour.GREEN, Colour.BLUE, Colour.YELLOW), 0.0)
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.4, math.pi / 2, 2.5, 4.0, -0.7])
+def test_a_solid_shows_the_sides_that_face_the_viewer(turn: float) -> None:
+    side = 200
+    row = render([replace(SOLID, turn=turn)], side)[0, :, side // 2]
+    for k, colour in enumerate(SOLID.sides):
+        wanted = torch.tensor(COLOUR_RGB[colour])[:, None] / 255
+        places = ((row - wanted).abs().amax(dim=0) < 0.02).nonzero()[:, 0].float()
+        width, middle = 0.44 * math.cos(turn + k * math.pi / 2), 0.22 * math.sin(turn + k * math.pi / 2)
+        assert len(places) / side == pytest.approx(max(width, 0), abs=0.015)
+        if width > 0.02:
+            assert float(places.mean() + 0.5) / side - 0.5 == pytest.approx(middle, abs=0.01)
+
+
+def test_a_solid_has_no_gap_between_its_sides_and_smooth_ends() -> None:
+    white = replace(SOLID, sides=(Colour.YELLOW,) * 4, turn=0.3)
+    picture = render([white], 64)[0]
+    wide = 64 * 0.44 * (math.cos(0.3) + math.sin(0.3))
+    assert float(picture[0].sum() / (245 / 255)) == pytest.approx(wide * 64 * 0.6, rel=1e-3)
+    assert picture[0, 32].gt(0).sum() <= wide + 2
 
 
 def test_to_picture_clips() -> None:
