@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from openbagel.inference.pipeline import Bagel
 from openbagel.world.exercise import Said, Shown
-from openbagel.world.render import render_picture
+from openbagel.world.rows import as_heard
 from openbagel.world.samples import world_named
 from openbagel.world.scene import World
 from openbagel.world.tasks import example
@@ -82,8 +82,8 @@ def sheet(bagel: Bagel, report: Callable[[str], None]) -> tuple[Image.Image, lis
 
 def _given(world: World, kind: str) -> list[Any]:
     """The words and pictures that an unseen exercise gives."""
-    steps = [step for step in example(world, SEED, 0, kind).steps if isinstance(step, Said | Shown)]
-    return [step.words if isinstance(step, Said) else render_picture(step.view, world.side) for step in steps]
+    steps = example(world, SEED, 0, kind).steps
+    return [as_heard(step, world.side) for step in steps if isinstance(step, Said | Shown)]
 
 
 def _in_turns(bagel: Bagel, given: Sequence[Any], report: Callable[[str], None]) -> list[Tile]:

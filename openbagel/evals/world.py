@@ -25,6 +25,7 @@ from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, T
 from openbagel.world.judge import judge, locate
 from openbagel.world.motion import score_clip, turned_frame
 from openbagel.world.render import render_picture
+from openbagel.world.rows import as_heard
 from openbagel.world.samples import world_named
 from openbagel.world.scene import Scene, View, World
 from openbagel.world.tasks import TASKS, example
@@ -155,9 +156,9 @@ class _Talk:
         """Takes in what is given next; whether something is to be made then."""
         while self.steps and isinstance(step := self.steps[0], Said | Shown):
             self.steps.pop(0)
-            given = step.words if isinstance(step, Said) else render_picture(step.view, self.world.side)
-            self.heard.append(given)
-            self.turns.append(Turn(_content(given)))
+            part = as_heard(step, self.world.side)
+            self.heard.append(part)
+            self.turns.append(Turn(_content(part)))
         return bool(self.steps)
 
     def request(self, bagel: Bagel, think: bool) -> Request[Any]:

@@ -72,8 +72,7 @@ class AutoencoderTrainer(Loop):
     def pictures(self, step: int) -> Tensor:
         """float[samples, 3, side, side] in [-1, 1], a function of the seed and the step alone."""
         rng = random.Random(f"autoencoder/{self.training.seed}/{step}")
-        counts = [rng.randint(1, self.world.max_things) for _ in range(self.recipe.samples)]
-        scenes = [self.world.sample_scene(rng, count) for count in counts]
+        scenes = self.world.sample_scenes(rng, self.recipe.samples)
         return render(scenes, self.world.side, self.ranks.device) * 2 - 1
 
     def latent_statistics(self) -> tuple[float, float]:

@@ -108,7 +108,7 @@ def _nano(recipe: Recipe, ranks: Ranks, report: Report) -> Checkpoint:
     config = _changed(nano(VOCABULARY), recipe)
     assert config.vae is not None
     drawn = AutoencoderTrainer(
-        config.vae, world, recipe.autoencoder, _place(recipe, ranks, report, "autoencoder")
+        config.vae, world, recipe.autoencoder, place_of(recipe, ranks, report, "autoencoder")
     )
     _finish(drawn, "autoencoder")
     scale, shift = drawn.latent_statistics()
@@ -118,7 +118,7 @@ def _nano(recipe: Recipe, ranks: Ranks, report: Report) -> Checkpoint:
     model = BagelModel(replace(config, vae=autoencoder.config))
     model.initialise(torch.Generator().manual_seed(recipe.train.seed))
     if recipe.vision is not None:
-        seeing = VisionTrainer(model, world, recipe.vision, _place(recipe, ranks, report, "vision"))
+        seeing = VisionTrainer(model, world, recipe.vision, place_of(recipe, ranks, report, "vision"))
         _finish(seeing, "vision encoder")
         with seeing.averaged():
             seen = {name: tensor.clone() for name, tensor in model.vit_model.state_dict().items()}
@@ -141,7 +141,8 @@ def _changed(config: BagelConfig, recipe: Recipe) -> BagelConfig:
     return from_json(BagelConfig, merged(to_json(config), recipe.start.settings), "start.settings")
 
 
-def _place(recipe: Recipe, ranks: Ranks, report: Report, part: str) -> Place:
+def place_of(recipe: Recipe, ranks: Ranks, report: Report, part: str = "") -> Place:
+    """Where a run, or a part of it that is trained first, keeps what it writes."""
     folder = Path(recipe.folder) / part
     return Place(
         folder=folder,

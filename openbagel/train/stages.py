@@ -22,11 +22,11 @@ from openbagel.train.checkpoint import MANIFEST, Checkpoints, Stored
 from openbagel.train.guards import banner, overfit_verdict
 from openbagel.train.latents import LatentCache, LatentEncoder
 from openbagel.train.metrics import say
-from openbagel.train.origin import Beginning, begin_from
+from openbagel.train.origin import Beginning, begin_from, place_of
 from openbagel.train.parallel import Parallel, Ranks, materialise, memory_estimate, shard
 from openbagel.train.previews import Previews
 from openbagel.train.recipe import Data, Recipe, read_recipe
-from openbagel.train.trainer import Place, Trainer
+from openbagel.train.trainer import Trainer
 from openbagel.weights import Checkpoint, save_checkpoint
 from openbagel.world.samples import WorldDataset, world_named
 
@@ -139,15 +139,9 @@ def _trainer(begin: Beginning, recipe: Recipe, ranks: Ranks, report: Callable[[s
     folder, checkpoint, training, data = Path(recipe.folder), begin.checkpoint, recipe.train, recipe.data
     autoencoder = checkpoint.autoencoder and checkpoint.autoencoder.to(ranks.device)
     cache = LatentCache.of(data.latent_cache, autoencoder) if data.latent_cache and autoencoder else None
-    place = Place(
-        folder=folder,
-        checkpoints=Path(recipe.checkpoints or folder / "checkpoints"),
-        ranks=ranks,
-        guard=recipe.guard,
-        track=recipe.track,
-        start=begin.start,
-        report=report,
-    )
+    place = replace(place_of(recipe, ranks, report), start=begin.start)
+    if recipe.checkpoints:
+        place = replace(place, checkpoints=Path(recipe.checkpoints))
     trainer = Trainer(
         checkpoint.model,
         training,

@@ -96,8 +96,7 @@ class VisionTrainer(Loop):
     def pictures(self, step: int) -> Pictures:
         """A function of the seed and the step alone."""
         rng = random.Random(f"vision/{self.training.seed}/{step}")
-        counts = [rng.randint(1, self.world.max_things) for _ in range(self.recipe.samples)]
-        scenes = [self.world.sample_scene(rng, count) for count in counts]
+        scenes = self.world.sample_scenes(rng, self.recipe.samples)
         device = self.ranks.device
         things, places = self._truth(scenes)
         grounds = torch.tensor([self.world.grounds.index(scene.ground) for scene in scenes])

@@ -15,7 +15,7 @@ from PIL import Image
 from openbagel.data.samples import Picture
 from openbagel.data.tasks import Row
 from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Thinks, Writes
-from openbagel.world.render import render, to_picture
+from openbagel.world.render import render, render_picture, to_picture
 from openbagel.world.scene import View
 
 
@@ -55,6 +55,11 @@ def renderings(steps: Sequence[Step], side: int) -> list[Rendering]:
                 views += frames
     gallery = Gallery(tuple(views), side)
     return [Rendering(b"", (side, side), gallery, place) for place in range(len(views))]
+
+
+def as_heard(step: Said | Shown, side: int) -> str | Image.Image:
+    """What a model hears of a step."""
+    return step.words if isinstance(step, Said) else render_picture(step.view, side)
 
 
 def row(example: Example, side: int, thinks: bool = False) -> tuple[str, Row]:

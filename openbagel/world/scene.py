@@ -266,6 +266,11 @@ class World:
                 rng.shuffle(looks)
                 return self.place(rng, looks)
 
+    def sample_scenes(self, rng: random.Random, number: int) -> list[Scene]:
+        """So many scenes of one object to the most; nothing held out."""
+        counts = [rng.randint(1, self.max_things) for _ in range(number)]
+        return [self.sample_scene(rng, count) for count in counts]
+
     def place(
         self,
         rng: random.Random,

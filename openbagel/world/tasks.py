@@ -12,13 +12,12 @@ from openbagel.config import nearest
 from openbagel.world.ask import ASK
 from openbagel.world.draw import DRAW
 from openbagel.world.edit import EDIT
-from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Spec, Task, Thinks, Writes
+from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Task, Thinks, Writes
 from openbagel.world.motion import MOTION
 from openbagel.world.reason import REASON
 from openbagel.world.scene import Scene, World
 from openbagel.world.tell import TELL
 
-__all__ = ["TASKS", "Example", "Spec", "corpus", "example"]
 _CORPUS_EXAMPLES_PER_KIND = 150
 
 TASKS: dict[str, Task] = DRAW | ASK | EDIT | REASON | TELL | MOTION
