@@ -31,6 +31,14 @@ Part = str | Path | Image.Image
 Listener = Callable[[events.Event], object]
 
 
+class LoadOptions(TypedDict, total=False):
+    """More keywords of `Bagel.load`."""
+
+    understanding_only: bool
+    settings: dict[str, Any] | None
+    lora: str | Path | None
+
+
 class DrawOptions(TypedDict, total=False):
     """The keywords of `Bagel.generate`."""
 
@@ -68,15 +76,14 @@ class Bagel:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        understanding_only: bool = False,
-        settings: dict[str, Any] | None = None,
-        lora: str | Path | None = None,
+        **options: Unpack[LoadOptions],
     ) -> "Bagel":
         """Loads "nano" (ships with the package), a folder, or a Hugging Face model id.
 
         device None: CUDA if there is one, else the CPU. dtype None: bfloat16 on CUDA cards that have it, else
-        float32. understanding_only leaves the generation expert and the autoencoder on disk. lora is an
-        adapter to bind, a folder or a Hugging Face id; `openbagel.lora.merge(bagel.model)` then merges it.
+        float32. understanding_only leaves the generation expert and the autoencoder on disk. settings override
+        top-level entries of config.json. lora is an adapter to bind, a folder or a Hugging Face id;
+        `openbagel.lora.merge(bagel.model)` then merges it.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
@@ -86,10 +93,10 @@ class Bagel:
             find_model(model),
             dtype=dtype,
             device=chosen,
-            understanding_only=understanding_only,
-            settings=settings,
+            understanding_only=options.get("understanding_only", False),
+            settings=options.get("settings"),
         )
-        if lora is not None:
+        if (lora := options.get("lora")) is not None:
             load_adapter(checkpoint.model, find_model(lora))
         return cls(checkpoint)
 
