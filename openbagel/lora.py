@@ -6,13 +6,15 @@ gains a child `lora`, and a hook that adds what the child computes:
     x ──> W x + b ──────────(+)──> y            A float32[rank, in], kaiming-uniform
      └──> A ──> B · alpha/rank ─┘               B float32[out, rank], zero: the start changes nothing
 
-Order: load, perhaps `quantise_base`, `bind` or `load_adapter`, then sharding and other wrappers.
+Order: load, perhaps `quantize` (QLoRA), `bind` or `load_adapter`, then sharding and other wrappers.
 """
 
 import json
+import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from random import Random
@@ -20,29 +22,47 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openbagel.config import nearest
+from openbagel.checks import nearest
+from openbagel.config import from_json
+from openbagel.files import read_json
 from openbagel.model.transformer import GEN
-from openbagel.weights import TensorFiles, read_json
+from openbagel.quantize import LAYERS, precision_of
+from openbagel.weights import Shapes, TensorFiles
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before every name it stores."""
-LAYERS = "language_model.model.layers."
+STORED = re.compile(r"(?:base_model\.model\.)*(.+?)\.lora_([AB])(?:\.[^.]+)?\.weight")
+"""A stored name: whose it is, which of the two, and perhaps the adapter's own name between."""
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LISTED = 3
 """Names of each kind that an error gives; it counts them all."""
 
-DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "target_modules": []}
-"""What PEFT takes where its configuration is silent."""
-READ = {*DEFAULTS, "peft_type", "exclude_modules", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 NOTES = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 NOTES |= {"megatron_core", "qalora_group_size", "eva_config"}
 """Entries of PEFT's configuration that do not change what an adapter computes."""
+UNUSED = (None, False, "none", {}, [])
+"""Values of all other entries that say that they are not used."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base as it is; others (PiSSA, OLoRA, …) change it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftConfig:
+    """What of `adapter_config.json` is applied; defaults are PEFT's."""
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] | str | None = ()
+    exclude_modules: tuple[str, ...] | str | None = ()
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
 
 
 class Preset(StrEnum):
@@ -173,33 +193,11 @@ def choose(model: nn.Module, adapter: Adapter) -> dict[str, nn.Linear]:
     return {name: linear for name, linear in linears.items() if name in chosen}
 
 
-def quantise_base(model: nn.Module) -> int:
-    """QLoRA: the decoder layers' linears to 4 bits (NF4, bitsandbytes), one by one; returns how many.
-
-    They compute in the dtype that their weights had. Norms, embeddings, heads, ViT and the time and latent
-    projections keep their weights. Before `bind` or `load_adapter`; for one process, not for sharding.
-    """
-    _require_unbound(model)
-    try:
-        from bitsandbytes.nn.modules import Linear4bit, Params4bit
-    except ImportError:
-        raise ValueError("4-bit weights need bitsandbytes: pip install 'openbagel[quant]'") from None
-    linears = {name: linear for name, linear in _linears(model).items() if name.startswith(LAYERS)}
-    for name, linear in linears.items():
-        weight, sizes = linear.weight, (linear.in_features, linear.out_features)
-        small = Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
-        packed = Params4bit(weight.detach(), quant_type="nf4").to(weight.device)  # pyright: ignore
-        small._parameters.update(weight=packed, bias=linear.bias)
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent).add_module(leaf, small.requires_grad_(False))
-    return len(linears)
-
-
 def merge(model: nn.Module) -> int:
     """Adds every adapter to its weight (in float32, kept in the weight's dtype) and removes it."""
+    if (precision := precision_of(model)) is not None:
+        raise ValueError(f"{precision} weights cannot take an adapter in; merge it into the original ones")
     weights = {name: model.get_parameter(f"{name}.weight") for name in bound(model)}
-    if any(hasattr(weight, "quant_state") for weight in weights.values()):
-        raise ValueError("4-bit weights cannot take an adapter in; load the base unquantised and merge there")
     for name, low in bound(model).items():
         weight, product = weights[name], low.B.detach().float() @ low.A.detach().float()
         weight.data = (weight.detach().float() + low.alpha / low.rank * product).to(weight.dtype)
@@ -229,7 +227,7 @@ def save_adapter(
     tensors = {
         stored: live[f"{name}.lora.{part}"].detach().to("cpu", torch.float32).contiguous()
         for name in adapters
-        for stored, part in _stored_names(name).items()
+        for stored, part in zip(_stored_names(name), "AB", strict=True)
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -255,50 +253,101 @@ def _peft_config(adapters: dict[str, LowRank], base: str) -> dict[str, Any]:
     }
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> int:
-    """Binds an adapter folder, made here or by PEFT; returns how many linears got one. Freezes the base.
+def load_adapter(model: nn.Module, path: str | Path, *, weight: float = 1.0) -> int:
+    """Binds an adapter, made here or by a trainer that stores PEFT's names; returns for how many linears.
+    Freezes the base.
 
-    Every stored tensor must find its place and every place its tensor, else ValueError naming the first of
-    each, and nothing is bound. So do settings of PEFT's that change the result and are not applied here.
+    path is a folder, or a safetensors file alone: then shapes say the ranks, and its metadata alpha, which is
+    else the rank. weight scales what the adapter adds. If one is bound already, both become their sum: one
+    adapter of both ranks together. Every stored tensor must find its place and every place its tensor, else
+    ValueError naming the first of each, and nothing is bound. So do settings of PEFT's that change the result
+    and are not applied here.
     """
-    folder = Path(folder)
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no adapter folder: it has no {name}")
-    config = _read_config(folder / CONFIG_FILE)
-    _require_unbound(model)
-    linears = _linears(model)
-    ranks = {name: _patterned(config, "rank", name) for name in linears if _targeted(config, name)}
-    files = TensorFiles([folder / TENSOR_FILE])
-    _check(folder, files.shapes(), ranks, linears)
+    path = Path(path)
+    found = [f for f in (path, path / TENSOR_FILE) if f.is_file()] or list(path.glob("*.safetensors"))
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight {weight} of {path} is no finite number")
+    if len(found) != 1:
+        raise ValueError(f"{path} is no adapter folder: it has no {TENSOR_FILE}")
+    files, config = TensorFiles(found), found[0].with_name(CONFIG_FILE)
+    names = {_peft_name(name): name for name in files.shapes()}
+    if len(names) < len(files.shapes()):
+        raise ValueError(f"{path} has several tensors for one place; save each adapter in a file of its own")
+    shapes = {name: files.shapes()[stored] for name, stored in names.items()}
+    linears = _as_named(_linears(model), shapes)
+    if found[0].name == TENSOR_FILE and config.is_file():
+        peft = _read_config(config)
+        sizes = {name: _size(peft, name) for name in linears if _targeted(peft, name)}
+    else:
+        peft, sizes = PeftConfig(), _stored_sizes(found[0], shapes, linears)
+    _check(path, shapes, sizes, linears)
     model.requires_grad_(False)
-    for name, rank in ranks.items():
-        alpha = _patterned(config, "alpha", name) * (rank**0.5 if config["use_rslora"] else 1)
-        low = LowRank(linears[name], rank=rank, alpha=alpha, dropout=config["lora_dropout"])
-        for stored, part in _stored_names(name).items():
-            low.get_parameter(part).data.copy_(files[stored])
-    return len(ranks)
+    for name, (_, alpha) in sizes.items():
+        a, b = (files[names[stored]].float() for stored in _stored_names(name))
+        _join(linears[name], a, b, alpha=weight * alpha, dropout=peft.lora_dropout)
+    for low in bound(model).values():
+        low.requires_grad_(True)
+    return len(sizes)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """PEFT's configuration with its defaults; ValueError for what is not applied here."""
-    config = {"peft_type": None, "init_lora_weights": True, **DEFAULTS, **read_json(path)}
-    unknown = {key: config[key] for key in config if key not in READ | NOTES}
-    refused = [key for key, value in unknown.items() if value not in (None, False, "none", {}, [])]
-    refused += ["peft_type"] if config["peft_type"] != "LORA" else []
-    refused += ["init_lora_weights"] if config["init_lora_weights"] not in PLAIN_STARTS else []
+def _join(linear: nn.Linear, a: Tensor, b: Tensor, *, alpha: float, dropout: float) -> None:
+    """Binds an adapter. With one that is there it shares a wider one: ranks side by side, scales in B."""
+    if isinstance(old := linear._modules.get("lora"), LowRank):
+        b = torch.cat([old.B.detach().cpu() * (old.alpha / old.rank), b * (alpha / len(a))], 1)
+        a = torch.cat([old.A.detach().cpu(), a])
+        alpha, dropout = len(a), 0.0
+        old.hook.remove()
+    low = LowRank(linear, rank=len(a), alpha=alpha, dropout=dropout)
+    low.A.data.copy_(a)
+    low.B.data.copy_(b)
+
+
+def _as_named(linears: dict[str, nn.Linear], stored: Iterable[str]) -> dict[str, nn.Linear]:
+    """The linears by a trainer's names for them: it may have wrapped the model, or held a part of it alone.
+
+    Only if one way of naming explains every stored name, else by their own.
+    """
+    names = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in stored}
+    one = min(names, default="")
+    within = [name.removesuffix(one) for name in linears if name.endswith(f".{one}")]
+    around = [one.removesuffix(name) for name in linears if one.endswith(f".{name}")]
+    views = [{k.removeprefix(cut): v for k, v in linears.items() if k.startswith(cut)} for cut in within]
+    views += [{more + k: v for k, v in linears.items()} for more in around]
+    fitting = [view for view in (linears, *views) if names <= view.keys()]
+    return fitting[0] if len(fitting) == 1 else linears
+
+
+def _stored_sizes(file: Path, shapes: Shapes, names: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each linear without a configuration."""
+    with safe_open(file, "pt") as handle:
+        told = handle.metadata() or {}
+    alpha = told.get("lora_alpha", told.get("alpha"))
+    if alpha is None:
+        warnings.warn(f"{file} has no {CONFIG_FILE} and tells no alpha: taken to be its rank", stacklevel=3)
+    ranks = {name: shapes.get(_stored_names(name)[0], ())[:1] for name in names}
+    return {name: (rank[0], float(alpha or rank[0])) for name, rank in ranks.items() if rank}
+
+
+def _read_config(path: Path) -> PeftConfig:
+    """PEFT's configuration; ValueError for what is not applied here, and for values of another kind."""
+    stored = {"peft_type": None, **read_json(path)}
+    applied = {key: stored.pop(key) for key in list(stored) if key in {f.name for f in fields(PeftConfig)}}
+    plain = {"peft_type": ("LORA",), "init_lora_weights": PLAIN_STARTS}
+    refused = [k for k, v in stored.items() if k not in NOTES and v not in plain.get(k, UNUSED)]
     if refused:
-        values = ", ".join(f"{key}={config[key]!r}" for key in refused)
+        values = ", ".join(f"{key}={stored[key]!r}" for key in refused)
         raise ValueError(f"{path}: {values} is not supported, only plain LoRA; merge it with PEFT instead")
-    return config
+    return from_json(PeftConfig, applied, str(path))
 
 
 def _check(
-    folder: Path, stored: Mapping[str, tuple[int, ...]], ranks: dict[str, int], linears: dict[str, nn.Linear]
+    folder: Path, stored: Shapes, sizes: dict[str, tuple[int, float]], linears: dict[str, nn.Linear]
 ) -> None:
     """ValueError unless the stored tensors are exactly those of these linears at these ranks."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, rank in ranks.items():
+    wanted: Shapes = {}
+    for name, (rank, alpha) in sizes.items():
+        if rank < 1 or not math.isfinite(alpha):
+            raise ValueError(f"{folder}: rank {rank} and alpha {alpha} of {name} make no sense")
         shapes = (rank, linears[name].in_features), (linears[name].out_features, rank)
         wanted.update(zip(_stored_names(name), shapes, strict=True))
     homeless = [name for name in stored if name not in wanted]
@@ -326,27 +375,38 @@ def _hint(stored: str, linears: dict[str, nn.Linear]) -> str:
     return f" (no target module in {CONFIG_FILE})" if name in linears else nearest(name, linears)
 
 
-def _stored_names(name: str) -> dict[str, str]:
-    """PEFT's names of a linear's two tensors, and ours."""
-    return {f"{PREFIX}{name}.lora_{part}.weight": part for part in ("A", "B")}
+def _peft_name(stored: str) -> str:
+    """A stored name as PEFT spells it: one prefix, and no name of the adapter inside."""
+    match = STORED.fullmatch(stored)
+    return f"{PREFIX}{match[1]}.lora_{match[2]}.weight" if match else stored
 
 
-def _targeted(config: dict[str, Any], name: str) -> bool:
+def _stored_names(name: str) -> tuple[str, str]:
+    """PEFT's names of a linear's A and B."""
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+
+
+def _targeted(config: PeftConfig, name: str) -> bool:
     """Whether PEFT would adapt this linear: lists hold whole names or their ends, a string is a pattern."""
 
-    def named(wanted: str | Iterable[str] | None) -> bool:
+    def named(wanted: tuple[str, ...] | str | None) -> bool:
         if isinstance(wanted, str):
             return _fullmatch(wanted, name)
         return any(name == end or name.endswith(f".{end}") for end in wanted or ())
 
-    return named(config["target_modules"]) and not named(config.get("exclude_modules"))
+    return named(config.target_modules) and not named(config.exclude_modules)
 
 
-def _patterned(config: dict[str, Any], kind: str, name: str) -> Any:
-    """The rank or alpha of the first pattern that fits the end of a name, as PEFT looks it up."""
-    patterns = config.get(f"{kind}_pattern") or {}
-    default = config["r" if kind == "rank" else "lora_alpha"]
-    return next((v for k, v in patterns.items() if _fullmatch(rf"(.*\.)?({k})", name)), default)
+def _size(config: PeftConfig, name: str) -> tuple[int, float]:
+    """Rank and alpha: of the first pattern that fits the end of a name, as PEFT looks them up."""
+
+    def patterned(patterns: Mapping[str, Any] | None, default: Any) -> Any:
+        found = (v for k, v in (patterns or {}).items() if _fullmatch(rf"(.*\.)?({k})", name))
+        return next(found, default)
+
+    rank = patterned(config.rank_pattern, config.r)
+    alpha = patterned(config.alpha_pattern, config.lora_alpha)
+    return rank, alpha * (max(rank, 0) ** 0.5 if config.use_rslora else 1)
 
 
 def _fullmatch(pattern: str, name: str) -> bool:
