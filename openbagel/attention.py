@@ -117,25 +117,34 @@ class SplitAttention:
     def __init__(
         self, sequence: PackedSequence, rotary: tuple[Tensor, Tensor], caches: Sequence[Cache] | None = None
     ) -> None:
-        self.rotary = rotary
-        self.order = sequence.attention_order
-        self.inverse = None if self.order is None else torch.argsort(self.order)
+        order = sequence.attention_order
+        inverse = None if order is None else torch.argsort(order)
+        self.tables = {rotary[0].device: (*rotary, order, inverse)}
         self.samples = sequence.spans
         self.lengths = sequence.lengths
         self.caches = caches
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        q, k = (rotate(t, *self.rotary).to(v_TKH.dtype) for t in (q_TNH, k_TKH))
+        cos, sin, order, inverse = self._tables_on(q_TNH.device)
+        q, k = (rotate(t, cos, sin).to(v_TKH.dtype) for t in (q_TNH, k_TKH))
         v = v_TKH
-        if self.order is not None:
-            q, k, v = (t.index_select(0, self.order) for t in (q, k, v))
+        if order is not None:
+            q, k, v = (t.index_select(0, order) for t in (q, k, v))
         outputs: list[Tensor] = []
         # split, not sliced: the gradient of a slice of the pack is a tensor as long as the pack
         parts = zip(*(t.split(self.lengths) for t in (q, k, v)), strict=True)
         for index, (spans, qkv) in enumerate(zip(self.samples, parts, strict=True)):
             outputs += self._sample(layer, index, spans, qkv)
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return out if self.inverse is None else out.index_select(0, self.inverse)
+        return out if inverse is None else out.index_select(0, inverse)
+
+    def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """cos, sin, the order and its inverse on a layer's device; copied once a forward for each device."""
+        if device not in self.tables:
+            cos, sin, order, inverse = next(iter(self.tables.values()))
+            moved = [None if table is None else table.to(device) for table in (order, inverse)]
+            self.tables[device] = (cos.to(device), sin.to(device), moved[0], moved[1])
+        return self.tables[device]
 
     def _sample(
         self, layer: int, index: int, spans: tuple[Span, ...], qkv: tuple[Tensor, Tensor, Tensor]

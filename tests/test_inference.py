@@ -13,8 +13,9 @@ from PIL import Image
 
 from openbagel import Bagel, Guidance
 from openbagel.config import Sampling, from_json, to_json
+from openbagel.hub import find_model
 from openbagel.inference import events
-from openbagel.inference.pipeline import Answer, find_model
+from openbagel.inference.pipeline import Answer
 from openbagel.weights import save_checkpoint
 from tests import tiny
 

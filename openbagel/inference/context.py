@@ -13,7 +13,7 @@ its past and the query in a scratch buffer for one layer, which it keeps for its
 
 from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, device
 
 from openbagel.config import LLMConfig
 
@@ -22,17 +22,26 @@ SLACK = 256
 
 
 class Storage:
-    """Keys and values of all layers: [layers, 2, capacity, kv heads, head width], and the contexts that live
-    on it.
+    """Keys and values of each layer, [2, capacity, kv heads, head width], where the layer runs; and the
+    contexts that live on it.
     """
 
-    def __init__(self, like: Tensor, layers: int, capacity: int) -> None:
-        self.data = like.new_empty(layers, 2, capacity, *like.shape[1:])
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.layers: list[Tensor | None] = [None] * layers
         self.contexts: WeakSet[Context] = WeakSet()
 
-    @property
-    def capacity(self) -> int:
-        return self.data.shape[2]
+    def layer(self, index: int, like: Tensor) -> Tensor:
+        """One layer's; allocated on the device and in the type of `like` when it is first asked for."""
+        data = self.layers[index]
+        if data is None:
+            data = self.layers[index] = like.new_empty(2, self.capacity, *like.shape[-2:])
+        return data
+
+    def copy_past(self, old: "Storage", length: int) -> None:
+        for index, data in enumerate(old.layers):
+            if data is not None:
+                self.layer(index, data)[:, :length] = data[:, :length]
 
 
 class Context:
@@ -48,7 +57,7 @@ class Context:
         """The next rotary position."""
         self.lineage: object = "empty"
         self._storage: Storage | None = None
-        self._scratch: Tensor | None = None
+        self._scratch: dict[device, Tensor] = {}
         self._reserved = 0
         self._keep = False
         self._in_place = False
@@ -99,13 +108,13 @@ class Context:
         """
         total = self.length + len(k_TKH)
         if self._keep:
-            buffer = self._owned(k_TKH, total).data[layer]
+            buffer = self._owned(total).layer(layer, k_TKH)
         elif self._in_place and self._storage is not None and total <= self._storage.capacity:
-            buffer = self._storage.data[layer]
+            buffer = self._storage.layer(layer, k_TKH)
         else:
             buffer = self._scratch_for(k_TKH, total)
             if self._storage is not None:
-                buffer[:, : self.length] = self._storage.data[layer, :, : self.length]
+                buffer[:, : self.length] = self._storage.layer(layer, k_TKH)[:, : self.length]
         keys, values = buffer[0, :total], buffer[1, :total]
         keys[self.length :], values[self.length :] = k_TKH, v_TKH
         return keys, values
@@ -116,21 +125,23 @@ class Context:
         others = self._storage.contexts if self._storage is not None else ()
         return all(other is self or other._extent <= self.length for other in others)
 
-    def _owned(self, like: Tensor, total: int) -> Storage:
+    def _owned(self, total: int) -> Storage:
         """A storage whose end is this context's, with its past and room for total tokens."""
         old = self._storage
         if old is not None and self._in_place and total <= old.capacity:
             return old
         capacity = max(total + SLACK, self._reserved, 0 if old is None else 2 * self.length)
-        new = Storage(like, self.llm.num_hidden_layers, capacity)
+        new = Storage(self.llm.num_hidden_layers, capacity)
         if old is not None:
-            new.data[:, :, : self.length] = old.data[:, :, : self.length]
+            new.copy_past(old, self.length)
             old.contexts.discard(self)
         new.contexts.add(self)
-        self._storage, self._in_place, self._scratch = new, True, None
+        self._storage, self._in_place = new, True
+        self._scratch.clear()
         return new
 
     def _scratch_for(self, like: Tensor, total: int) -> Tensor:
-        if self._scratch is None or self._scratch.shape[1] < total:
-            self._scratch = like.new_empty(2, total, *like.shape[1:])
-        return self._scratch
+        scratch = self._scratch.get(like.device)
+        if scratch is None or scratch.shape[1] < total:
+            scratch = self._scratch[like.device] = like.new_empty(2, total, *like.shape[1:])
+        return scratch

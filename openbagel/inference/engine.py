@@ -79,7 +79,8 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.model.language_model.lm_head.weight.device
+        """Where packs go and results come from; the last norm is there however the rest is placed."""
+        return self.model.language_model.model.norm.weight.device
 
     @torch.inference_mode()
     def step(self, forwards: Sequence[Forward]) -> list[tuple[Result, ...]]:

@@ -32,12 +32,19 @@ class PictureCodec:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, grid: tuple[int, int], *, tiled: bool = False) -> Image.Image:
-        """The picture of latent tokens float[h·w, C]."""
+        """The picture of latent tokens float[h·w, C]. ValueError when they, or what becomes of them, are not
+        finite.
+        """
         assert self.autoencoder is not None
         z_CHW = unpatchify(latents, grid, self.config.latent_patch_size)
-        return to_picture(
-            self.autoencoder.decode(z_CHW[None].to(self.autoencoder.decoder.conv_in.weight), tiled=tiled)[0]
-        )
+        z_CHW = z_CHW.to(self.autoencoder.decoder.conv_in.weight)
+        pixels_CHW = self.autoencoder.decode(z_CHW[None], tiled=tiled)[0]
+        if not pixels_CHW.isfinite().all():
+            dtype = str(pixels_CHW.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the picture's numbers overflowed ({dtype}); load the model in bfloat16 or float32"
+            )
+        return to_picture(pixels_CHW)
 
     @torch.inference_mode()
     def encode(self, pixels_CHW: Tensor, generator: torch.Generator, *, tiled: bool = False) -> VaeImage:

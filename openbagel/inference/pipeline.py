@@ -1,7 +1,7 @@
 """`Bagel`: one loaded model and its verbs."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -11,6 +11,7 @@ from PIL import Image
 
 from openbagel.config import Sampling
 from openbagel.flow import Guidance
+from openbagel.hub import find_model
 from openbagel.images import open_picture, read_frames
 from openbagel.inference import events
 from openbagel.inference.context import Context
@@ -21,14 +22,17 @@ from openbagel.inference.pictures import Brush, PictureCodec, clips
 from openbagel.inference.text import Answer, split_thought, write
 from openbagel.inference.video import film
 from openbagel.lora import load_adapter
+from openbagel.placement import Placement, place
+from openbagel.quantize import check_device, precision_of, quantize
 from openbagel.sequence import Packer, Segment, Text
 from openbagel.tokens import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING
-from openbagel.weights import Checkpoint, load_checkpoint
+from openbagel.weights import Checkpoint, default_dtype, load_checkpoint
 
-NANO = Path(__file__).parents[1] / "assets" / "nano"
 Part = str | Path | Image.Image
 """Something said or shown: a `str` is text, a path or a picture is shown."""
 Listener = Callable[[events.Event], object]
+Lora = str | Path | Sequence[str | Path] | Mapping[str, float]
+"""An adapter, several, or several with their weights."""
 
 
 class LoadOptions(TypedDict, total=False):
@@ -36,7 +40,10 @@ class LoadOptions(TypedDict, total=False):
 
     understanding_only: bool
     settings: dict[str, Any] | None
-    lora: str | Path | None
+    quantize: str | None
+    lora: Lora | None
+    offload: str | None
+    max_memory: Mapping[int | str, int | str] | None
 
 
 class DrawOptions(TypedDict, total=False):
@@ -68,6 +75,7 @@ class Bagel:
         self.pictures = PictureCodec(self.config, self.autoencoder)
         self.encode, self.decode = self.pictures.encode, self.pictures.decode
         self.listen: Listener = lambda event: None
+        self.placement: Placement | None = None
 
     @classmethod
     def load(
@@ -78,27 +86,46 @@ class Bagel:
         dtype: torch.dtype | None = None,
         **options: Unpack[LoadOptions],
     ) -> "Bagel":
-        """Loads "nano" (ships with the package), a folder, or a Hugging Face model id.
+        """Loads "nano" (ships with the package), a folder, or a Hugging Face model id (perhaps id@revision).
 
         device None: CUDA if there is one, else the CPU. dtype None: bfloat16 on CUDA cards that have it, else
-        float32. understanding_only leaves the generation expert and the autoencoder on disk. settings override
-        top-level entries of config.json. lora is an adapter to bind, a folder or a Hugging Face id;
-        `openbagel.lora.merge(bagel.model)` then merges it.
+        float32. understanding_only leaves the generation expert and the autoencoder on disk. settings
+        override top-level entries of config.json. quantize ("int8", "fp8", "nf4", "int4") packs the linears
+        of the decoder's layers on the way. lora is one adapter to bind or several, each a path or a Hugging
+        Face id; a dict gives each its weight. `openbagel.lora.merge(bagel.model)` merges them.
+
+        offload ("blocks", "sequential") leaves the weights in host memory, from where they visit the device.
+        device "auto" spreads them over all devices, max_memory={0: "24GB", "cpu": "64GB"} over those named.
         """
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None:
-            fast = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            dtype = torch.bfloat16 if fast else torch.float32
+        offload, max_memory = options.get("offload"), options.get("max_memory")
+        spread = str(device) == "auto" or (max_memory is not None and device is None)
+        placed = spread or offload is not None or max_memory is not None
+        if spread or device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = torch.device(device)
+        dtype = dtype or default_dtype(chosen)
+        precision = options.get("quantize")
+        waits = precision is not None or placed
         checkpoint = load_checkpoint(
             find_model(model),
-            dtype=dtype,
-            device=chosen,
+            dtype=None if waits else dtype,  # None: in the file's pages, packed or streamed from there
+            device="cpu" if waits else chosen,
             understanding_only=options.get("understanding_only", False),
             settings=options.get("settings"),
         )
-        if (lora := options.get("lora")) is not None:
-            load_adapter(checkpoint.model, find_model(lora))
-        return cls(checkpoint)
+        if precision:
+            home = torch.device("cpu") if placed else chosen
+            quantize(checkpoint.model, precision, device=home, dtype=dtype)
+            if checkpoint.autoencoder is not None:
+                checkpoint.autoencoder.to(home, dtype)
+        check_device(precision_of(checkpoint.model), chosen)
+        for name, weight in _adapters(options.get("lora")):
+            load_adapter(checkpoint.model, find_model(name), weight=weight)
+        bagel = cls(checkpoint)
+        if placed:
+            where = "auto" if spread else chosen
+            bagel.placement = place(checkpoint, where, dtype, offload=offload, max_memory=max_memory)
+        return bagel
 
     def using(self, sampling: Sampling | None = None, *, listen: Listener | None = None) -> "Bagel":
         """The same model with other options for every verb, or with a listener that receives every event.
@@ -244,7 +271,8 @@ class Bagel:
                 split_thought(self.codec.decode(ids)) if think else (None, self.codec.decode(ids))
             )
             yield events.Done()
-            return Answer(answer, thought)
+            ended = () if len(ids) == budget else (self.codec.end,)
+            return Answer(answer, thought, (*ids, *ended))
 
         return request()
 
@@ -381,23 +409,11 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def find_model(model: str | Path) -> Path:
-    """The folder of "nano", of a path, or of a Hugging Face id (downloaded into the usual cache)."""
-    if str(model) == "nano":
-        return NANO
-    folder = Path(model)
-    looks_like_id = isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~"))
-    if folder.exists() or not looks_like_id:
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"{model} is neither a folder nor a model that could be downloaded ({error})"
-        ) from None
+def _adapters(lora: Lora | None) -> Iterable[tuple[str | Path, float]]:
+    if isinstance(lora, Mapping):
+        return lora.items()
+    names = [lora] if isinstance(lora, (str, Path)) else lora or ()
+    return [(name, 1.0) for name in names]
 
 
 def _pictures(images: Part | Sequence[Part]) -> list[Path | Image.Image]:

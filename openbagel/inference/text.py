@@ -16,13 +16,16 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 class Answer(str):
-    """An answer; `thought` is what came before it when the model was asked to think."""
+    """An answer; `thought` is what came before it when the model was asked to think, `ids` all that it wrote,
+    the end marker too.
+    """
 
     thought: str | None
+    ids: tuple[int, ...]
 
-    def __new__(cls, text: str, thought: str | None = None) -> "Answer":
+    def __new__(cls, text: str, thought: str | None = None, ids: tuple[int, ...] = ()) -> "Answer":
         answer = super().__new__(cls, text)
-        answer.thought = thought
+        answer.thought, answer.ids = thought, ids
         return answer
 
 

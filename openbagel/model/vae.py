@@ -40,7 +40,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (conv(normed).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        # rows in one piece each, as the kernels that never hold the whole matrix want them
+        q, k, v = (
+            conv(normed).flatten(2).transpose(1, 2).contiguous()[:, None] for conv in (self.q, self.k, self.v)
+        )
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
         return x + self.proj_out(out.reshape(x.shape))
 
