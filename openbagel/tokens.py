@@ -8,6 +8,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from openbagel.files import MOST_BYTES, read_json
+
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 END_OF_TEXT = "<|endoftext|>"
 
@@ -52,27 +54,22 @@ class TextCodec:
 
     @classmethod
     def load(cls, folder: str | Path) -> "TextCodec":
-        """Reads `tokenizer.json`, or Qwen2's `vocab.json` and `merges.txt` with `tokenizer_config.json`."""
+        """Reads `tokenizer.json`, or Qwen2's `vocab.json` and `merges.txt` with `tokenizer_config.json`.
+
+        ValueError for none, and for a broken one.
+        """
         folder = Path(folder)
-        if (folder / "tokenizer.json").is_file():
-            return cls.of(Tokenizer.from_file(str(folder / "tokenizer.json")))
-        vocab, merges = folder / "vocab.json", folder / "merges.txt"
-        if not (vocab.is_file() and merges.is_file()):
+        whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+        if not (whole.is_file() or (vocab.is_file() and merges.is_file())):
             raise ValueError(
                 f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
             )
-        tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
-        settings = folder / "tokenizer_config.json"
-        stored = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-        added = [
-            entry["content"]
-            for _, entry in sorted(
-                stored.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0])
-            )
-        ]
-        specials = added or [END_OF_TEXT, *stored.get("additional_special_tokens", [])]
-        tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
-        return cls.of(tokenizer)
+        if max(path.stat().st_size for path in (whole, vocab, merges) if path.is_file()) > MOST_BYTES:
+            raise ValueError(f"the tokenizer of {folder} is larger than {MOST_BYTES} bytes")
+        try:
+            return cls.of(Tokenizer.from_file(str(whole)) if whole.is_file() else _qwen2(folder))
+        except Exception as error:  # the library raises no kind of its own
+            raise ValueError(f"the tokenizer of {folder} is broken ({error})") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "TextCodec":
@@ -90,7 +87,10 @@ class TextCodec:
         return cls.of(tokenizer)
 
     def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json, and the tokenizer_config.json that other libraries want beside it."""
         self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": MARKERS[1]}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config) + "\n", "utf-8")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled tokenizer forgets that special tokens are encoded as plain text; `of` says it again."""
@@ -111,6 +111,17 @@ class TextCodec:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; markers among them are spelled out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _qwen2(folder: Path) -> Tokenizer:
+    tokenizer = _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    settings = folder / "tokenizer_config.json"
+    stored = read_json(settings) if settings.is_file() else {}
+    entries = sorted(stored.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
+    added = [entry["content"] for _, entry in entries]
+    specials = added or [END_OF_TEXT, *stored.get("additional_special_tokens", [])]
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
+    return tokenizer
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

@@ -476,44 +476,7 @@ def test_understanding_alone_takes_an_und_adapter_and_refuses_others(tmp_path: P
         Bagel.load(tmp_path / "model", lora=tmp_path / "gen", **options)
 
 
-# 4-bit bases and sharding ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("experts", VARIANTS)
-def test_adapters_learn_on_a_4_bit_base(experts: Experts, folder: Path) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    model, dense = fresh(experts), fresh(experts)
-    count = lora.quantise_base(model)
-    assert count == len(lora.choose(dense, Adapter()))
-    packed = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
-    assert packed == {f"{name}.weight" for name in lora.choose(dense, Adapter())}
-    for name in packed:  # the same numbers, unpacked: the slow way to the same result
-        weight = model.get_parameter(name)
-        value = functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
-        dense.get_parameter(name).data.copy_(value)
-    for each in (model, dense):
-        bind(each, Adapter(rank=4), generator=seeded())
-        randomise(each)
-        loss(each, experts).backward()
-    assert far(hidden(model, experts), hidden(dense, experts)) < 1e-4
-    for ours, theirs in zip(bound(model).values(), bound(dense).values(), strict=True):
-        assert ours.A.grad is not None and theirs.A.grad is not None and theirs.A.grad.any()
-        assert far(ours.A.grad, theirs.A.grad) < 1e-3 * theirs.A.grad.abs().max()
-    save_adapter(model, folder)
-    again = fresh(experts)
-    lora.quantise_base(again)
-    load_adapter(again, folder)
-    assert torch.equal(hidden(again, experts), hidden(model, experts))
-    with pytest.raises(ValueError, match="unquantised"):
-        merge(model)
-    with pytest.raises(ValueError, match="has an adapter already"):
-        lora.quantise_base(model)
-
-
-def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.nn.modules", None)
-    with pytest.raises(ValueError, match=r"openbagel\[quant\]"):
-        lora.quantise_base(fresh())
+# sharding -------------------------------------------------------------------------------------------------
 
 
 SHARDED = """
