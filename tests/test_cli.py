@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from openbagel import cli
+from openbagel import cli, verbs
 from openbagel.config import Sampling
 from openbagel.flow import Guidance, Renorm
 
-MODEL = {"--model", "--device", "--dtype", "--lora"}
+MODEL = {"--model", "--device", "--dtype", "--quantize", "--lora", "--offload", "--max-memory"}
+MODEL |= {"--understanding-only"}
 SAMPLING = {
     "--think",
     "--seed",
@@ -36,13 +37,15 @@ PINNED = {
     "video": MODEL
     | SAMPLING
     | {"--prompt", "--num-frames", "--fps", "--include-given", "--size", "--output", "-o"},
-    "info": set(),
+    "info": {"--fit", "--size"},
+    "download": {"--to", "--revision", "--workers"},
+    "doctor": set(),
     "demo": MODEL | {"--output", "-o"},
     "eval": MODEL | {"--kinds", "--samples", "--world", "--held-out", "--think", "--output", "-o"},
     "eval curve": {"--output", "-o", "--kinds", "--samples", "--weights", "--device"},
     "train": set(),
     "train plot": {"--output", "-o", "--smoothing"},
-    "convert": {"--lora", "--weights", "--dtype", "--shard-gb"},
+    "convert": {"--lora", "--weights", "--to", "--shard-gb"},
     "data doctor": {"--model", "--rows", "--max-num-tokens", "--dataset-info", "--previews", "-o"},
     "data convert": {"--format"},
     "data example": {"--rows", "--seed"},
@@ -134,7 +137,7 @@ def test_options_reach_the_sampling():
         )
     )
     values |= {"guidance_interval": tuple(values["guidance_interval"]), "renorm": Renorm(values["renorm"])}
-    sampling = cli.Generate(**values).over(Sampling())
+    sampling = verbs.Generate(**values).over(Sampling())
     assert sampling.guidance == Guidance(text=3.0, interval=(0.1, 0.9), renorm=Renorm.CHANNEL)
     assert sampling.top_k == 5 and sampling.num_timesteps == Sampling().num_timesteps
 
