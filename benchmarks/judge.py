@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openbagel.inference.pipeline import find_model
+from openbagel.hub import find_model
 from openbagel.weights import load_checkpoint
 from openbagel.world.exercise import Spec
 from openbagel.world.judge import judge, unmet
 from openbagel.world.render import render
-from openbagel.world.scene import GROUND_RGB, WORLDS, Look, Scene, Thing, World
+from openbagel.world.scene import WORLDS, Look, Scene, Thing, World
 
 Redraw = Callable[[Tensor], Tensor]
 """Pictures to pictures, float[B, 3, side, side] in [0, 1]: an autoencoder, or a stand-in for one."""
@@ -122,7 +122,7 @@ def half_drawn(pictures: Tensor, scenes: Sequence[Scene], rng: random.Random) ->
         dx, dy = (grid - thing.x)[None], (grid - thing.y)[:, None]
         box = (dx.abs() < width + 0.01) & (dy.abs() < height + 0.01)
         half = rng.choice((dx < 0, dx > 0, dy < 0, dy > 0))
-        picture[:, box & half] = torch.tensor(GROUND_RGB[scene.ground])[:, None] / 255
+        picture[:, box & half] = torch.tensor(scene.ground.rgb)[:, None] / 255
     return spoilt
 
 

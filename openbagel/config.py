@@ -6,14 +6,20 @@ by itself to draw.
 """
 
 import dataclasses
-import difflib
+import json
 import math
 import types
 import typing
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
+from openbagel.checks import check_choice, check_least, nearest, retold
 from openbagel.flow import Guidance, Renorm
 from openbagel.images import ImageLimits
 
@@ -53,6 +59,12 @@ class LLMConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def block_weights(self) -> int:
+        """Matrix entries that one token meets in a block; the same for both experts."""
+        attention = 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +121,35 @@ class Sampling:
     """Encode and decode large pictures in overlapping tiles: bounded memory, approximate."""
 
     def __post_init__(self) -> None:
-        bounds = {"max_tokens": 1, "max_think_tokens": 0, "temperature": 0, "top_k": 0, "num_timesteps": 2}
-        for name, least in bounds.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
-        if not (0 < self.top_p <= 1 and 0 < self.timestep_shift < math.inf):
-            raise ValueError(
-                f"top_p {self.top_p} must lie in (0, 1], timestep_shift {self.timestep_shift} above 0"
-            )
+        check_least(self, max_tokens=1, max_think_tokens=0, temperature=0, top_k=0, num_timesteps=2)
+        top_p, shift = self.top_p, self.timestep_shift
+        if not (0 < top_p <= 1 and 0 < shift < math.inf):
+            raise ValueError(f"top_p {top_p} must lie in (0, 1], timestep_shift {shift} above 0")
+
+
+GUIDANCE_OPTIONS = {
+    "text_guidance": "text",
+    "image_guidance": "image",
+    "guidance_interval": "interval",
+    "renorm": "renorm",
+    "renorm_min": "renorm_min",
+}
+"""What the fields of `Guidance` are called beside those of `Sampling`."""
+
+
+def adjusted(sampling: Sampling, options: Mapping[str, Any]) -> Sampling:
+    """A sampling with what was asked for; None leaves a value as it is. ValueError for unknown names."""
+    fields = [f.name for f in dataclasses.fields(Sampling) if f.name != "guidance"]
+    asked = {name: value for name, value in options.items() if value is not None}
+    for name in asked:
+        check_choice("option", name, [*fields, *GUIDANCE_OPTIONS])
+    guidance = {field: asked.pop(name) for name, field in GUIDANCE_OPTIONS.items() if name in asked}
+    if "renorm" in guidance:
+        check_choice("renorm", guidance["renorm"], [kind.value for kind in Renorm])
+        guidance["renorm"] = Renorm(guidance["renorm"])
+    if "interval" in guidance:
+        guidance["interval"] = tuple(guidance["interval"])
+    return replace(sampling, guidance=replace(sampling.guidance, **guidance), **asked)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +213,9 @@ QWEN_7B = LLMConfig(
     rope_theta=1e6,
     qk_norm=True,
 )
+SIGLIP = ViTConfig(
+    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14
+)
 FLUX_VAE = VAEConfig(
     ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, groups=32, scale=0.3611, shift=0.1159
 )
@@ -204,13 +240,7 @@ def bagel_7b() -> BagelConfig:
     """`ByteDance-Seed/BAGEL-7B-MoT`: 14.607 B parameters."""
     return BagelConfig(
         llm=QWEN_7B,
-        vit=ViTConfig(
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            patch_size=14,
-        ),
+        vit=SIGLIP,
         vae=FLUX_VAE,
         layer_module=Experts.MOT,
         latent_patch_size=2,
@@ -224,77 +254,41 @@ def bagel_7b() -> BagelConfig:
 
 def bagel_1_5b() -> BagelConfig:
     """The ablation model of the paper, on Qwen2.5-1.5B."""
-    llm = replace(
-        QWEN_7B,
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-    )
+    llm = replace(QWEN_7B, vocab_size=151936, hidden_size=1536, intermediate_size=8960)
+    llm = replace(llm, num_attention_heads=12, num_key_value_heads=2)
     return replace(bagel_7b(), llm=llm)
 
 
 def bagel_0_5b() -> BagelConfig:
     """The default base of the official training script, Qwen2.5-0.5B."""
-    llm = replace(
-        bagel_1_5b().llm,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-    )
-    return replace(bagel_7b(), llm=llm)
+    larger = bagel_1_5b()
+    llm = replace(larger.llm, hidden_size=896, intermediate_size=4864)
+    return replace(larger, llm=replace(llm, num_hidden_layers=24, num_attention_heads=14))
 
 
 def nano(vocab_size: int) -> BagelConfig:
     """The model that ships with the package: 64x64 pictures of 16 latent and 16 ViT tokens."""
     limits = ImageLimits(max_size=128, min_size=32, stride=16)
-    return BagelConfig(
-        llm=replace(
-            QWEN_7B,
-            vocab_size=vocab_size,
-            hidden_size=256,
-            intermediate_size=480,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            rope_theta=1e4,
-        ),
+    drawn = Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(3.0, interval=(0.0, 1.0)))
+    asked = Sampling(max_tokens=64, max_think_tokens=96)
+    settings = replace(official_settings(), draw=drawn, edit=drawn, ask=asked, video_group=10)
+    llm = replace(QWEN_7B, vocab_size=vocab_size, hidden_size=256, intermediate_size=480, rope_theta=1e4)
+    return replace(
+        bagel_7b(),
+        llm=replace(llm, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2),
         vit=ViTConfig(
             hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, patch_size=16
         ),
         vae=replace(FLUX_VAE, ch=16, num_res_blocks=1, z_channels=8, groups=8, scale=1.0, shift=0.0),
-        layer_module=Experts.MOT,
-        latent_patch_size=2,
         max_latent_size=8,
         vit_max_num_patch_per_side=8,
-        connector_act=Activation.GELU_TANH,
-        interpolate_pos=False,
-        settings=replace(
-            official_settings(),
-            video_group=10,
-            size=(64, 64),
-            vae_limits=limits,
-            vit_limits=limits,
-            ask=Sampling(max_tokens=64, max_think_tokens=96),
-            draw=Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(3.0, interval=(0.0, 1.0))),
-            edit=Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(3.0, interval=(0.0, 1.0))),
-        ),
+        settings=replace(settings, size=(64, 64), vae_limits=limits, vit_limits=limits),
     )
 
 
 def to_json(value: Any) -> Any:
     """A dataclass tree as JSON values; enums by value, tuples as lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (tuple, list)):
-        return [to_json(item) for item in value]
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    return value
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
 
 
 def from_json(cls: type[T], data: Any, where: str) -> T:
@@ -317,59 +311,41 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(kind)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
-    if origin in (types.UnionType, typing.Union):
-        return _convert_optional(typing.get_args(kind), value, where)
+    if origin in (types.UnionType, typing.Union):  # of several kinds that of the value, else the first
+        fitting = [one for one in inner if (typing.get_origin(one) or one) is type(value)]
+        return _convert([*fitting, *inner][0], value, where)
     if dataclasses.is_dataclass(kind):
         return from_json(typing.cast(type, kind), value, where)
     if origin is tuple and isinstance(value, list):
-        item_kinds = typing.get_args(kind)
-        repeated = item_kinds[:1] * len(value) if item_kinds[-1] is Ellipsis else item_kinds
-        if len(repeated) == len(value):
-            return tuple(
-                _convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(repeated, value, strict=True))
-            )
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            return tuple(_convert(kind, value[i], f"{where}[{i}]") for i, kind in enumerate(kinds))
     if origin is dict and isinstance(value, dict):
-        item_kind = typing.get_args(kind)[1]
-        return {str(key): _convert(item_kind, item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): _convert(inner[1], item, f"{where}.{key}") for key, item in value.items()}
     return _convert_leaf(kind, value, where)
-
-
-def _convert_optional(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Of several kinds that of the value, else the first."""
-    if value is None and type(None) in kinds:
-        return None
-    options = [kind for kind in kinds if kind is not type(None)]
-    fitting = [option for option in options if (typing.get_origin(option) or option) is type(value)]
-    return _convert([*fitting, *options][0], value, where)
 
 
 def _convert_leaf(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
-        choices = [member.value for member in kind]
-        if value not in choices:
-            raise ValueError(
-                f"{where}: {value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}"
-            )
+        check_choice(f"{where}:", value, [member.value for member in kind])
         return kind(value)
-    if kind is float and (type(value) is int or _is_number(value)):
-        return float(value)
+    if kind is float and type(value) in (int, str):  # YAML takes 1e-4 for a text, it wants 1.0e-4
+        with suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return number
     if not (isinstance(kind, type) and type(value) is kind):
         raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
     return value
 
 
-def _is_number(value: Any) -> bool:
-    """Whether YAML took a number such as 1e-4, which it wants as 1.0e-4, for a text."""
-    try:
-        return isinstance(value, str) and math.isfinite(float(value))
-    except ValueError:
-        return False
-
-
-def nearest(word: str, choices: typing.Iterable[str]) -> str:
-    """A hint such as "; did you mean 'seed'?", or nothing."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def read_yaml(path: str | Path, what: str, remedy: str) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; ValueError says that `what` cannot be read, or is none."""
+    message = f"{what} {path} cannot be read as YAML: {{error}}"
+    with retold(message, OSError, UnicodeDecodeError, yaml.YAMLError):
+        tree = yaml.safe_load(Path(path).read_text("utf-8"))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{what} {path} is no mapping but {type(tree).__name__}; {remedy}")
+    return tree

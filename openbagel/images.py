@@ -4,12 +4,14 @@ table.
 Shapes: H, W pixels; h, w patches; C channels of a pixel; p pixels of a patch side; D width of the model.
 """
 
-import itertools
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +20,8 @@ import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from openbagel.checks import extra, retold
 
 MAX_PICTURE_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -64,8 +68,8 @@ class ImageLimits:
         return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
-PictureSource = str | Path | BinaryIO | Image.Image
-"""A file's path, an open file of encoded bytes, or a picture."""
+PictureSource = str | Path | bytes | BinaryIO | Image.Image
+"""A file's path, encoded bytes or an open file of them, or a picture."""
 
 
 def open_picture(source: PictureSource) -> Image.Image:
@@ -74,30 +78,30 @@ def open_picture(source: PictureSource) -> Image.Image:
     Raises ValueError naming the file and the remedy when it is missing, no picture, truncated, or too large
     to be safe.
     """
-    if isinstance(source, Image.Image):
-        return _rgb(source)
     with _header(source) as picture:
         return _rgb(picture)
 
 
 def picture_size(source: PictureSource) -> tuple[int, int]:
     """(width, height) from the header alone; raises as `open_picture` does."""
-    if isinstance(source, Image.Image):
-        return source.size
     with _header(source) as picture:
         return picture.size
 
 
 @contextmanager
-def _header(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
+def _header(source: PictureSource) -> Iterator[Image.Image]:
     """A picture with its header read and judged; what fails inside is told as the picture's fault."""
+    if isinstance(source, Image.Image):
+        yield source
+        return
     name = source if isinstance(source, str | Path) else "the picture"
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise ValueError(f"no such picture: {name}; give the path of a PNG, JPEG or WebP file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=FORMATS) as picture:
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=FORMATS) as picture:
                 width, height = picture.size
                 if width * height > MAX_PICTURE_PIXELS:
                     raise Image.DecompressionBombError(f"{width}x{height}, more than {MAX_PICTURE_PIXELS:,}")
@@ -143,23 +147,17 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     for key, value in picture.info.items():
         if value is not None:
             notes.add_itxt(str(key), str(value))
-    if path.suffix.lower() == ".png":
-        picture.save(path, pnginfo=notes)
-    else:
-        picture.save(path)
+    picture.save(path, pnginfo=notes)  # other formats know no such option and leave it out
 
 
 def read_frames(path: Path) -> list[Image.Image]:
     """The RGB frames of a video or GIF file, or of a still picture; raises as `open_picture` does."""
     if path.suffix.lower() in VIDEOS:
         with open_video(path) as container:
-            pictures = (frame.to_image() for frame in container.decode(video=0))
-            frames = list(itertools.islice(pictures, MAX_FRAMES + 1))
+            frames = [frame.to_image() for frame in islice(container.decode(video=0), MAX_FRAMES + 1)]
     else:
         with _header(path) as picture:
-            frames = [
-                _rgb(frame) for frame in itertools.islice(ImageSequence.Iterator(picture), MAX_FRAMES + 1)
-            ]
+            frames = [_rgb(frame) for frame in islice(ImageSequence.Iterator(picture), MAX_FRAMES + 1)]
     if len(frames) > MAX_FRAMES:
         raise ValueError(f"{path} has more than {MAX_FRAMES} frames; cut it to the last few")
     return frames
@@ -168,22 +166,12 @@ def read_frames(path: Path) -> list[Image.Image]:
 @contextmanager
 def open_video(path: Path) -> Iterator[Any]:
     """A PyAV container; what fails inside is told as the file's fault."""
-    av = _av("reading videos")
+    av = extra("av", "video", "reading videos")
     if not path.is_file():
         raise ValueError(f"no such video: {path}; give the path of a video file")
-    try:
-        with av.open(str(path)) as container:
-            yield container
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as a video ({error}); get a complete copy of it") from None
-
-
-def _av(purpose: str) -> Any:
-    try:
-        import av
-    except ImportError:
-        raise ValueError(f"{purpose} needs PyAV: pip install 'openbagel[video]'") from None
-    return av
+    message = f"{path} cannot be read as a video ({{error}}); get a complete copy of it"
+    with retold(message, av.error.FFmpegError, IndexError), av.open(str(path)) as container:
+        yield container
 
 
 def clip_writer(path: Path, fps: float) -> Callable[[Sequence[Image.Image]], None]:
@@ -191,29 +179,26 @@ def clip_writer(path: Path, fps: float) -> Callable[[Sequence[Image.Image]], Non
 
     ValueError at once when the suffix or fps are impossible, or PyAV is missing.
     """
-    writers = {".gif": _write_gif, ".mp4": _write_mp4}
-    if path.suffix.lower() not in writers:
+    write = {".gif": _write_gif, ".mp4": _write_mp4}.get(path.suffix.lower())
+    if write is None:
         raise ValueError(f"{path} is no clip; end its name with .gif or .mp4")
     if not 0 < fps <= 100:
         raise ValueError(f"fps {fps} must be above 0 and at most 100")
-    if path.suffix.lower() == ".mp4":
-        _av("writing MP4 files")
-
-    def write(frames: Sequence[Image.Image]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writers[path.suffix.lower()](frames, path, fps)
-
-    return write
+    if write is _write_mp4:
+        extra("av", "video", "writing MP4 files")
+    return partial(write, path, fps)
 
 
-def _write_gif(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
+def _write_gif(path: Path, fps: float, frames: Sequence[Image.Image]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = frames
     first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
 
 
-def _write_mp4(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
+def _write_mp4(path: Path, fps: float, frames: Sequence[Image.Image]) -> None:
     """H.264 with every second colour sample, as every player reads it; an odd last row or column is cut."""
-    av = _av("writing MP4 files")
+    av = extra("av", "video", "writing MP4 files")
+    path.parent.mkdir(parents=True, exist_ok=True)
     width, height = (side // 2 * 2 for side in frames[0].size)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
@@ -249,13 +234,11 @@ def grid_position_ids(grid: tuple[int, int], side: int, stretch: bool) -> Tensor
     h, w = grid
     if stretch:
         edges = torch.arange(1 / side, 1.0, 1 / side)
-        rows, columns = (
-            torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / count), edges, right=True) for count in (h, w)
-        )
+        places = (torch.arange(0, 1 - 1e-6, 1 / count) for count in (h, w))
+        rows, columns = (torch.bucketize(place, edges, right=True) for place in places)
     elif max(h, w) > side:
-        raise ValueError(
-            f"a grid of {h}x{w} patches does not fit the {side}x{side} position table; use a smaller picture"
-        )
+        table = f"{side}x{side} position table"
+        raise ValueError(f"a grid of {h}x{w} patches does not fit the {table}; use a smaller picture")
     else:
         rows, columns = torch.arange(h), torch.arange(w)
     return (rows[:, None] * side + columns).flatten()

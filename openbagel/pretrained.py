@@ -24,18 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openbagel import weights
-from openbagel.config import (
-    Activation,
-    BagelConfig,
-    Experts,
-    LLMConfig,
-    ModelSettings,
-    VAEConfig,
-    ViTConfig,
-    from_json,
-    official_settings,
-    to_json,
-)
+from openbagel.config import Activation, BagelConfig, Experts, from_json, official_settings, to_json
 from openbagel.images import ImageLimits, sincos_table
 from openbagel.model.bagel import BagelModel
 from openbagel.tokens import TextCodec
@@ -49,7 +38,7 @@ NEW = ("connector.", "time_embedder.", "vae2llm.", "llm2vae.")
 NEW_NORMS = ("q_norm.weight", "k_norm.weight")
 VIT_UNUSED = ("head.", "text_model.", "logit_scale", "logit_bias", "embeddings.position_ids")
 """The pooling head and the text tower of SigLIP: nothing of BAGEL reads them."""
-SIGLIP_BASE = ViTConfig(
+SIGLIP_BASE: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16
 )
 """What a SigLIP config.json means where it is silent."""
@@ -176,17 +165,17 @@ def join(parts: Parts) -> Joined:
     vae_files = weights.TensorFiles([Path(parts.vae)] if parts.vae else [])
     codec = TextCodec.load(parts.llm)
     llm_fields = _read_fields(parts.llm, QWEN)
-    config = BagelConfig(
-        llm=_llm(parts, llm_fields, len(codec)),
-        vit=_vit(parts) if parts.vit else None,
-        vae=_vae(vae_files, str(parts.vae)) if parts.vae else None,
-        settings=official_settings(),
+    tree = {
+        "llm": _llm(parts, llm_fields, len(codec)),
+        "vit": _vit(parts, parts.vit) if parts.vit else None,
+        "vae": _vae(vae_files, parts.vae) if parts.vae else None,
+        "settings": to_json(official_settings()),
         **{name: getattr(parts, name) for name in weights.TOP_LEVEL},
-    )
-    config = replace(config, settings=_settings(config))
+    }
+    config = _sized(from_json(BagelConfig, tree, parts.llm))
     stored: Stored = {f"language_model.{name}": (llm_files, name) for name in llm_files.handles}
     if config.vit:
-        stored |= {ours: (vit_files, theirs) for theirs, ours in _vit_names(vit_files, config.vit)}
+        stored |= dict(_vit_tensors(vit_files, config.vit.num_used_layers))
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in BagelModel(config).state_dict().items()}
     twins = {name: name.replace(GEN, "") for name in wanted if GEN in name and parts.copy_experts}
@@ -208,53 +197,48 @@ def _read_fields(folder: str, supported: dict[str, tuple[Any, ...]]) -> dict[str
     return fields
 
 
-def _llm(parts: Parts, fields: dict[str, Any], num_tokens: int) -> LLMConfig:
+def _llm(parts: Parts, fields: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     """The decoder; its vocabulary grows for markers that the tokenizer lacked and never shrinks."""
     rope = fields.get("rope_parameters") or {}  # where transformers keeps it since version 5
     if rope:
         scaling = None if rope.get("rope_type", "default") == "default" else rope
         fields = fields | {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaling}
     own = {"qk_norm": parts.qk_norm, "vocab_size": max(fields["vocab_size"], num_tokens)}
-    return from_json(LLMConfig, weights.llm_fields_of(fields, {}) | own, parts.llm)
+    return weights.llm_fields_of(fields, {}) | own
 
 
-def _vit(parts: Parts) -> ViTConfig:
-    assert parts.vit
-    fields = to_json(SIGLIP_BASE) | _read_fields(parts.vit, SIGLIP)
+def _vit(parts: Parts, folder: str) -> dict[str, Any]:
+    fields = SIGLIP_BASE | _read_fields(folder, SIGLIP)
     layers, select = fields["num_hidden_layers"], parts.vit_select_layer
     if not -layers <= select <= -1:
-        raise ValueError(f"vit_select_layer {select} must lie between -{layers} and -1 for {parts.vit}")
-    own = {name: fields[name] for name in to_json(SIGLIP_BASE)} | {"num_hidden_layers": layers + 2 + select}
-    return from_json(ViTConfig, own, parts.vit)
+        raise ValueError(f"vit_select_layer {select} must lie between -{layers} and -1 for {folder}")
+    return {name: fields[name] for name in SIGLIP_BASE} | {"num_hidden_layers": layers + 2 + select}
 
 
-def _vae(files: weights.TensorFiles, where: str) -> VAEConfig:
+def _vae(files: weights.TensorFiles, where: str) -> dict[str, Any]:
     if "encoder.down.0.block.0.conv1.weight" not in files.handles:
         raise ValueError(f"{where} is not FLUX's ae.safetensors in its original layout (not diffusers')")
-    return from_json(VAEConfig, weights.vae_fields_of({}, files.shapes()), where)
+    return weights.vae_fields_of({}, files.shapes())
 
 
-def _vit_names(files: weights.TensorFiles, vit: ViTConfig) -> Iterator[tuple[str, str]]:
-    """Stored names and ours, without the text tower, pooling and the layers after the selected one."""
+def _vit_tensors(files: weights.TensorFiles, layers: int) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """By our names, without the text tower, pooling and the layers after the selected one."""
     for stored in files.handles:
         leaf = stored.removeprefix("vision_model.")
         layer = leaf.removeprefix("encoder.layers.").partition(".")[0]
-        if not leaf.startswith(VIT_UNUSED) and not (layer.isdecimal() and int(layer) >= vit.num_used_layers):
-            yield stored, f"vit_model.vision_model.{leaf}"
+        if not leaf.startswith(VIT_UNUSED) and not (layer.isdecimal() and int(layer) >= layers):
+            yield f"vit_model.vision_model.{leaf}", (files, stored)
 
 
-def _settings(config: BagelConfig) -> ModelSettings:
-    """The official ones, with pictures no larger than the position tables."""
-    settings = official_settings()
+def _sized(config: BagelConfig) -> BagelConfig:
+    """With pictures no larger than the position tables."""
+    settings = config.settings
     patch = config.vit.patch_size if config.vit else settings.vit_limits.stride
     drawn = min(settings.vae_limits.max_size, config.max_latent_size * config.latent_stride)
     seen = min(settings.vit_limits.max_size, config.vit_max_num_patch_per_side * patch)
-    return replace(
-        settings,
-        size=(drawn, drawn),
-        vae_limits=ImageLimits(drawn, drawn // 2, config.latent_stride),
-        vit_limits=ImageLimits(seen, min(settings.vit_limits.min_size, seen), patch),
-    )
+    vae = ImageLimits(drawn, drawn // 2, config.latent_stride)
+    vit = ImageLimits(seen, min(settings.vit_limits.min_size, seen), patch)
+    return replace(config, settings=replace(settings, size=(drawn, drawn), vae_limits=vae, vit_limits=vit))
 
 
 def _resampled(table: Tensor, side: int) -> Tensor:

@@ -111,8 +111,8 @@ class TensorFiles:
     def __init__(self, paths: list[Path]) -> None:
         self.handles: dict[str, Any] = {}
         for path in paths:
-            check_tensor_file(path)
             try:
+                check_tensor_file(path)
                 handle = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(

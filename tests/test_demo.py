@@ -30,7 +30,8 @@ def test_captions_break_between_words():
 @pytest.mark.parametrize("knows", [{}, {"world": "nano"}, {"world": "full", "draws_by_itself": True}])
 def test_a_model_shows_what_it_learned(knows: dict[str, Any]):
     bagel = Bagel.load("nano", device="cpu")
-    bagel.config = replace(bagel.config, settings=replace(bagel.config.settings, **knows))
+    known = {"world": None, "draws_by_itself": False} | knows
+    bagel.config = replace(bagel.config, settings=replace(bagel.config.settings, **known))
     quick = bagel.using(Sampling(num_timesteps=2, max_tokens=4, max_think_tokens=4))
     said: list[str] = []
     picture, clip = sheet(quick, said.append)

@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from openbagel.checks import retold
 from openbagel.data.mixture import find_data, picture_folder
 from openbagel.data.samples import BadRow
 from openbagel.data.sources import Source, arrow, open_source
@@ -133,12 +134,11 @@ def _fitting(row: Row, format: Format) -> Row:
     if format in (Format.TAR, Format.FOLDER) and not single:
         raise BadRow(f"a {format} holds one picture a row, in field 'image'; choose parquet or jsonl")
     fields = {name: value for name, value in row.items() if name not in PICTURE_FIELDS}
-    try:
+    message = f"one of the fields {', '.join(map(repr, fields))} is no JSON ({{error}})"
+    with retold(message, TypeError, ValueError, kind=BadRow):
         if isinstance(row.get("captions"), str):
             row["captions"] = json.loads(row["captions"])
         json.dumps(fields)
-    except (TypeError, ValueError) as error:
-        raise BadRow(f"one of the fields {', '.join(map(repr, fields))} is no JSON ({error})") from None
     return row
 
 
@@ -162,7 +162,7 @@ def write_parquet(
                 stack.close()
                 schema = pyarrow.Table.from_pylist([_prototype(group)]).schema
                 path = folder / f"part-{next(files):05d}.parquet"
-                writer = pyarrow.parquet.ParquetWriter(path, schema, write_page_checksum=True)
+                writer = arrow(".parquet").ParquetWriter(path, schema, write_page_checksum=True)
                 stack.enter_context(writer)
                 left = file_rows
             writer.write_table(pyarrow.Table.from_pylist(group, writer.schema))
@@ -196,7 +196,7 @@ _PROTOTYPES: Row = {
 def write_parquet_info(path: Path, folder: Path) -> None:
     """The official description of the parquet files in a folder; its keys are their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = {file.name: arrow().parquet.read_metadata(file) for file in sorted(folder.glob("*.parquet"))}
+    files = {file.name: arrow(".parquet").read_metadata(file) for file in sorted(folder.glob("*.parquet"))}
     info = {name: {"num_row_groups": f.num_row_groups, "num_rows": f.num_rows} for name, f in files.items()}
     path.write_text(json.dumps(info, indent=1) + "\n")
 
@@ -239,7 +239,7 @@ def _file(picture: bytes) -> tuple[str, bytes]:
     if kind in ENDINGS:
         return ENDINGS[kind], picture
     buffer = io.BytesIO()
-    open_picture(io.BytesIO(picture)).save(buffer, "PNG")
+    open_picture(picture).save(buffer, "PNG")
     return ".png", buffer.getvalue()
 
 
@@ -258,9 +258,4 @@ def write_jsonl(folder: Path, rows: Iterable[Row], name: str = "rows.jsonl") -> 
         file.writelines(json.dumps(mapped(row, stored), ensure_ascii=False) + "\n" for row in rows)
 
 
-WRITERS: dict[Format, Callable[[Path, Iterator[Row]], None]] = {
-    Format.PARQUET: write_parquet,
-    Format.TAR: write_tar,
-    Format.FOLDER: write_folder,
-    Format.JSONL: write_jsonl,
-}
+WRITERS = dict(zip(Format, (write_parquet, write_tar, write_folder, write_jsonl), strict=True))

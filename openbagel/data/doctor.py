@@ -139,11 +139,9 @@ def examine(
     for dataset in report.datasets:
         report.problems += _faults(dataset, config, options)
     usable = [dataset for dataset in report.datasets if dataset.good]
-    for method in PackingMethod if usable else ():
-        report.fill[method.value], epochs = _packed(usable, replace(options.packing, method=method), config)
-        if method is options.packing.method:
-            for dataset in usable:
-                dataset.packs = epochs[dataset.group.name]
+    methods = sorted(PackingMethod, key=lambda method: method is options.packing.method)  # its packs stay
+    for method in methods if usable else ():
+        report.fill[method.value] = _packed(usable, replace(options.packing, method=method), config)
     samples = list(_first(usable, options.packing.max_num_tokens, config))
     if dry_run and samples:
         report.dry_run, failures = _step(dry_run, samples)
@@ -202,10 +200,8 @@ def _row(group: Group, row: int, most: int, config: BagelConfig) -> tuple[list[P
 # packs and one step ----------------------------------------------------------------------------------------
 
 
-def _packed(
-    usable: Sequence[Examined], packing: Packing, config: BagelConfig
-) -> tuple[float, dict[str, float]]:
-    """How full packs of the good rows are, and how many packs an epoch of each data set lasts."""
+def _packed(usable: Sequence[Examined], packing: Packing, config: BagelConfig) -> float:
+    """How full packs of the good rows are; on the way the data sets hear how many packs an epoch lasts."""
     datasets = {dataset.group.name: dataset for dataset in usable}
 
     def measure(id: SampleId) -> Extent:
@@ -221,9 +217,9 @@ def _packed(
     packs = packs[len(packs) // 2 :]
     samples = [sample for pack in packs for sample in pack]
     seen = Counter(sample.id.dataset for sample in samples)
-    epochs = {g.name: g.starts[-1] * len(packs) / seen[g.name] if seen[g.name] else math.nan for g in groups}
-    tokens = sum(sample.extent.tokens for sample in samples)
-    return tokens / (len(packs) * packing.max_num_tokens), epochs
+    for name, dataset in datasets.items():
+        dataset.packs = dataset.group.starts[-1] * len(packs) / seen[name] if seen[name] else math.nan
+    return sum(sample.extent.tokens for sample in samples) / (len(packs) * packing.max_num_tokens)
 
 
 def _first(usable: Sequence[Examined], most: int, config: BagelConfig) -> Iterator[Sample]:
@@ -280,17 +276,13 @@ def _shown(part: Text | VitImage | Pixels, config: BagelConfig) -> list[_Shown]:
         return [(LEARNED if part.loss else TEXT, (part,), part)]
     if isinstance(part, VitImage):
         return [] if part.pixels is None else [(VIT, (part.pixels,), part)]
-    frames: list[Frame] = []
-    for pixels in part.frames:
-        grid = (pixels.shape[1] // config.latent_stride, pixels.shape[2] // config.latent_stride)
-        frames.append(Frame(torch.zeros(grid[0] * grid[1], config.latent_channels), grid))
+    grids = [[side // config.latent_stride for side in pixels.shape[1:]] for pixels in part.frames]
+    frames = [Frame(torch.zeros(h * w, config.latent_channels), (h, w)) for h, w in grids]
     image = VaeImage(tuple(frames), hidden=part.role is Role.TARGET)
     return [(part.role, part.frames, image)] * (part.copies if frames else 0)
 
 
-def _draw_samples(
-    samples: Sequence[Sample], shown: Sequence[Sequence[_Shown]], codec: TextCodec
-) -> Image.Image:
+def _draw_samples(samples: Sequence[Sample], shown: Sequence[list[_Shown]], codec: TextCodec) -> Image.Image:
     """A row of tiles for each sample, in the order of its parts."""
     step, height = TILE + GAP, TILE + 3 * GAP
     sheet = Image.new("RGB", (TILES * step + GAP, len(samples) * height), PAPER)

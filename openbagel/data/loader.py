@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from openbagel.checks import check_least
 from openbagel.config import BagelConfig, to_json
 from openbagel.data.packing import Packing, Skipped, SkipReason, Stream, Supply, pair_cost
 from openbagel.data.samples import Dataset, Part, Sample, SampleId, decode, extent
@@ -38,26 +39,20 @@ _Planned = tuple[int, str, dict[str, Any], list[Skipped]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderOptions:
-    """Whose packs are loaded, and how; none of it changes what is in a pack."""
+class Reading:
+    """How data is read; packing and seed alone decide what is in a pack."""
 
-    rank: int = 0
-    ranks: int = 1
-    num_workers: int = 0
+    packing: Packing = Packing()
+    seed: int = 42
+    workers: int = 0
     prefetch_factor: int = 2
     timeout: float = 0.0
     """Seconds until a worker that sends nothing is an error; 0 waits for ever."""
     max_bad: float = 0.01
     """The share of rows that may be bad."""
-    quarantine: Path | None = None
-    """A JSONL file to which skipped rows are appended, one for each rank."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.ranks:
-            raise ValueError(f"rank {self.rank} must lie in [0, {self.ranks}), the number of ranks")
-        for name, least in {"num_workers": 0, "prefetch_factor": 1, "timeout": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+        check_least(self, workers=0, prefetch_factor=1, timeout=0)
         if not 0 <= self.max_bad <= 0.5:
             raise ValueError(f"max_bad {self.max_bad} is a share in [0, 0.5]; mend the data above that")
 
@@ -103,17 +98,14 @@ class BadRows:
         self.bad += skipped.reason is not SkipReason.LONG
         most = self.max_bad * max(self.seen, LEAST_ROWS)
         if self.bad > most or self.bad == self.seen >= BAD_FROM_THE_START:
-            raise ValueError(
-                f"{self.bad} of {self.seen} rows are bad, max_bad is {self.max_bad:g}; mend or remove them "
-                f"(openbagel data doctor), or raise max_bad\n{self.table()}"
-            )
+            told = f"{self.bad} of {self.seen} rows are bad, max_bad is {self.max_bad:g}"
+            remedy = "mend or remove them (openbagel data doctor), or raise max_bad"
+            raise ValueError(f"{told}; {remedy}\n{self.table()}")
 
     def table(self, most: int = 10) -> str:
         """What was left out most: counts, reasons and shards, each with an example."""
-        return "\n".join(
-            f"{count:6d}  {dataset}: {reason}, in {shard}; such as {self._examples[dataset, reason, shard]}"
-            for (dataset, reason, shard), count in self.counts.most_common(most)
-        )
+        rows = [(count, *key, self._examples[key]) for key, count in self.counts.most_common(most)]
+        return "\n".join("{:6d}  {}: {}, in {}; such as {}".format(*row) for row in rows)
 
     def write(self, skipped: Sequence[Skipped]) -> None:
         """Appends to the quarantine file, if there is one."""
@@ -122,17 +114,14 @@ class BadRows:
                 file.writelines(json.dumps(to_json(row)) + "\n" for row in skipped)
 
 
-class _Decoder(TorchDataset[list[Sample | Skipped]]):
-    """Turns the ids of a pack into samples; runs in workers and changes nothing."""
+class _Decoder(TorchDataset[Sample | Skipped]):
+    """Turns an id into a sample; runs in workers and changes nothing."""
 
     def __init__(self, datasets: Sequence[Dataset], seed: int) -> None:
         self.datasets = {dataset.name: dataset for dataset in datasets}
         self.seed = seed
 
-    def __getitem__(self, ids: Sequence[SampleId]) -> list[Sample | Skipped]:
-        return [self._sample(id) for id in ids]
-
-    def _sample(self, id: SampleId) -> Sample | Skipped:
+    def __getitem__(self, id: SampleId) -> Sample | Skipped:
         try:
             return Sample(id, decode(self.parts(id)))
         except ValueError as error:
@@ -147,29 +136,31 @@ class Loader:
     """Yields (Batch, cursor) without end: the packs of one rank.
 
     The cursor holds the state after its batch, whatever is decoded ahead; iterating anew goes on after the
-    batch that was yielded last. ValueError when the streams cannot be shared by the ranks, a dataset has no
-    rows, or too many rows are bad.
+    batch that was yielded last. share: which rank of how many; skipped rows are appended to the JSONL file
+    quarantine. ValueError when the streams cannot be shared by the ranks, a dataset has no rows, or too many
+    rows are bad.
     """
 
     def __init__(
         self,
         datasets: Sequence[Dataset],
-        packing: Packing,
         config: BagelConfig,
+        reading: Reading,
         *,
-        seed: int,
-        options: LoaderOptions | None = None,
+        share: tuple[int, int] = (0, 1),
+        quarantine: Path | None = None,
     ) -> None:
-        self.options = options or LoaderOptions()
-        self.packing = packing
-        ranks, streams = self.options.ranks, packing.streams
-        if streams % ranks:
-            enough = streams + -streams % ranks
-            raise ValueError(f"{streams} streams cannot be shared by {ranks} ranks; set streams to {enough}")
+        self.reading, (self.rank, self.ranks) = reading, share
+        seed, streams = reading.seed, reading.packing.streams
+        if not 0 <= self.rank < self.ranks:
+            raise ValueError(f"rank {self.rank} must lie in [0, {self.ranks}), the number of ranks")
+        if rest := -streams % self.ranks:
+            remedy = f"set streams to {streams + rest}"
+            raise ValueError(f"{streams} streams cannot be shared by {self.ranks} ranks; {remedy}")
         decoder = self._decoder = _Decoder(datasets, seed)
-        self.bad_rows = BadRows(self.options.max_bad, self.options.quarantine)
+        self.bad_rows = BadRows(reading.max_bad, quarantine)
         measure, cost = (lambda id: extent(decoder.parts(id), config)), pair_cost(config)
-        self._supply = Supply(datasets, packing, seed=seed, measure=measure, pair_cost=cost)
+        self._supply = Supply(datasets, reading.packing, seed=seed, measure=measure, pair_cost=cost)
         self._supply.watch = self.bad_rows.planned
         rows = {name: order.rows for name, order in self._supply.orders.items()}
         self._facts = {"seed": seed, "streams": streams, "rows": rows}
@@ -178,11 +169,21 @@ class Loader:
         self._states: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
+        reading, parallel = self.reading, self.reading.workers > 0
         skipped: list[Skipped] = []
         while True:  # once, and once more after each pack that lost all its samples
             planned: deque[_Planned] = deque()
             errors: list[ValueError] = []
-            for found in self._decoded(self._plans(planned, errors)):
+            decoded = DataLoader(
+                self._decoder,
+                batch_sampler=self._plans(planned, errors),
+                num_workers=reading.workers,
+                prefetch_factor=reading.prefetch_factor if parallel else None,
+                timeout=reading.timeout if parallel else 0,
+                collate_fn=list,
+                generator=self._generator,
+            )
+            for found in decoded:
                 number, stream, state, left_out = planned.popleft()
                 self._states = self._states | {stream: state}
                 damaged = [item for item in found if isinstance(item, Skipped)]
@@ -199,19 +200,6 @@ class Loader:
             else:
                 raise errors[0]
 
-    def _decoded(self, plans: Iterator[list[SampleId]]) -> DataLoader:
-        options, parallel = self.options, self.options.num_workers > 0
-        return DataLoader(
-            self._decoder,
-            batch_size=None,
-            sampler=plans,
-            num_workers=options.num_workers,
-            prefetch_factor=options.prefetch_factor if parallel else None,
-            timeout=options.timeout if parallel else 0,
-            collate_fn=list,
-            generator=self._generator,
-        )
-
     def _plans(self, planned: deque[_Planned], errors: list[ValueError]) -> Iterator[list[SampleId]]:
         """The ids of pack after pack; what shall be known when its samples are back goes to `planned`.
 
@@ -219,7 +207,7 @@ class Loader:
         """
         streams: dict[str, Stream] = {}
         for step in itertools.count(self._step):
-            number = step * self.options.ranks + self.options.rank
+            number = step * self.ranks + self.rank
             name = str(number % self._facts["streams"])
             if name not in streams:
                 streams[name] = Stream(self._supply, int(name), self._states.get(name))
@@ -233,7 +221,7 @@ class Loader:
 
     def state_dict(self) -> Cursor:
         """The cursor after the batch that was yielded last."""
-        return {"facts": self._facts, "step": self._step, "ranks": self.options.ranks, "states": self._states}
+        return {"facts": self._facts, "step": self._step, "ranks": self.ranks, "states": self._states}
 
     def load_state_dict(self, cursor: Cursor) -> None:
         """Goes on from a cursor of this rank, or from those of all ranks merged, whatever their number.
@@ -244,12 +232,12 @@ class Loader:
         for name, value in self._facts.items():
             if (was := cursor["facts"][name]) != value:
                 raise ValueError(f"{name} was {was} for the cursor, is {value}; restore it or start anew")
-        then, ranks = cursor["ranks"], self.options.ranks
+        then, ranks = cursor["ranks"], self.ranks
         consumed = cursor["step"] * then
         if consumed % ranks:
             raise ValueError(f"{consumed} packs were consumed, no whole step of {ranks} ranks; use {then}")
         started = range(min(consumed, self._facts["streams"]))
-        mine = {str(index) for index in started if index % ranks == self.options.rank}
+        mine = {str(index) for index in started if index % ranks == self.rank}
         if missing := mine - cursor["states"].keys():
             raise ValueError(f"the cursor lacks streams {sorted(missing)}; merge those of all ranks first")
         self._step = consumed // ranks

@@ -19,13 +19,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import yaml
-
-from openbagel.config import BagelConfig, from_json, nearest
-from openbagel.data.samples import Part
+from openbagel.checks import check_choice, nearest
+from openbagel.config import BagelConfig, from_json, read_yaml
+from openbagel.data.samples import FrameSampler, Part
 from openbagel.data.sources import PICTURE_ENDINGS, Source, located, open_source
 from openbagel.data.tasks import TASKS, UNDERSTANDING, Dropout, Row, TaskSetting, guess_task
-from openbagel.data.video import FrameSampler
 from openbagel.images import ImageLimits
 from openbagel.tokens import TextCodec
 
@@ -117,6 +115,10 @@ class Group:
         return self.sources[place][0].where(index)
 
 
+Known = tuple[dict[str, Any], Path]
+"""A mapping from a file, and the folder that its relative paths start at."""
+
+
 def read_mixture(
     source: str | Path | Mapping[str, Any],
     *,
@@ -151,9 +153,8 @@ def read_mixture(
             if task in TASKS and task not in tasks:
                 continue
             setting = _fitted(default, name, task, args, config)
-            known = {**(info.get(task) or {}), **(info.get(name) or {})}
-            places = range(len(args.dataset_names))
-            sources = [_opened(args, i, name, known=known, base=base, info_base=info_base) for i in places]
+            known = {**(info.get(task) or {}), **(info.get(name) or {})}, info_base
+            sources = [_opened(args, i, name, base, known) for i in range(len(args.dataset_names))]
             groups.append(Group(name, task, sources, setting, args.weight, args.is_mandatory))
         except ValueError as error:
             faults.append(str(error))
@@ -162,23 +163,16 @@ def read_mixture(
     return groups
 
 
-def _described(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+def _described(source: str | Path | Mapping[str, Any]) -> Known:
     """The content of a YAML or JSON file, and the folder that its relative paths start at."""
     if isinstance(source, Mapping):
         return dict(source), Path()
-    try:
-        content = yaml.safe_load(Path(source).read_text("utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} cannot be read as YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{source}: expected a mapping of group names, got {type(content).__name__}")
-    return content, Path(source).parent
+    return read_yaml(source, "the mixture", "write groups such as t2i_pretrain:"), Path(source).parent
 
 
 def _fitted(default: TaskSetting, name: str, task: str, args: GroupArgs, config: BagelConfig) -> TaskSetting:
     """The group's setting; ValueError for an unknown task, and for pictures that the model cannot take."""
-    if task not in TASKS:
-        raise ValueError(f"{name}: task {task!r} is none of {', '.join(TASKS)}{nearest(task, TASKS)}")
+    check_choice(f"{name}: task", task, TASKS)
     looks = task in UNDERSTANDING
     if (looks and config.vit is None) or (config.vae is None and not looks and task != "text"):
         lacking = "ViT to look at pictures with" if looks else "autoencoder to draw with"
@@ -196,11 +190,9 @@ def _fitted(default: TaskSetting, name: str, task: str, args: GroupArgs, config:
     return setting
 
 
-def _opened(
-    args: GroupArgs, index: int, name: str, *, known: Mapping[str, Any], base: Path, info_base: Path
-) -> tuple[Source, Path]:
+def _opened(args: GroupArgs, index: int, name: str, base: Path, info: Known) -> tuple[Source, Path]:
     """A data set as dataset_info says, or where its name leads when that is a path."""
-    dataset = args.dataset_names[index]
+    dataset, (known, info_base) = args.dataset_names[index], info
     where = f"{name}: dataset {dataset!r}"
     if dataset in known:
         place, base = from_json(DatasetPlace, known[dataset], f"{where} in dataset_info"), info_base

@@ -11,13 +11,14 @@ other stream: pack g of a run comes from stream g mod streams whoever trains on 
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from openbagel.checks import check_least
 from openbagel.config import BagelConfig
 from openbagel.data.samples import Dataset, Extent, SampleId
 
@@ -57,10 +58,8 @@ class Packing:
     streams: int = 64
 
     def __post_init__(self) -> None:
-        for field in fields(self)[1:]:
-            least = 0 if field.name in ("prefer_buffer_before", "max_buffer_size") else 1
-            if (value := getattr(self, field.name)) is not None and value < least:
-                raise ValueError(f"{field.name} {value} must be at least {least}")
+        check_least(self, max_num_tokens=1, expected_num_tokens=1, max_num_tokens_per_sample=1)
+        check_least(self, prefer_buffer_before=0, max_buffer_size=0, pool=1, streams=1)
         values = {"expected_num_tokens": self.expected, "max_num_tokens_per_sample": self.longest}
         for name, value in values.items():
             if value > self.max_num_tokens:
@@ -113,8 +112,7 @@ def pair_cost(config: BagelConfig) -> float:
     tokens + pairs·pair_cost is what a sample costs, in tokens.
     """
     llm = config.llm
-    queries, keys = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
-    return 2 * queries / (llm.hidden_size * (2 * queries + 2 * keys + 3 * llm.intermediate_size))
+    return 2 * llm.num_attention_heads * llm.head_dim / llm.block_weights
 
 
 def shuffled(index: int, size: int, key: str) -> int:
@@ -168,20 +166,18 @@ class Order:
         return np.asarray(blocks), np.cumsum(self.sizes[blocks])
 
 
+Measure = Callable[[SampleId], Extent]
+"""Gives a sample's extent, or raises ValueError for a bad row."""
+
+
 class Supply:
-    """What all streams draw from. measure gives a sample's extent, or raises ValueError for a bad row.
+    """What all streams draw from.
 
     Whoever sets `watch` hears of every row that is looked at: None, or why it is skipped; it may raise.
     """
 
     def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        packing: Packing,
-        *,
-        seed: int,
-        measure: Callable[[SampleId], Extent],
-        pair_cost: float,
+        self, datasets: Sequence[Dataset], packing: Packing, *, seed: int, measure: Measure, pair_cost: float
     ) -> None:
         self.datasets = {dataset.name: dataset for dataset in datasets}
         self.packing, self.seed = packing, seed

@@ -7,11 +7,12 @@ Nothing here draws from a global generator: whatever is random is derived from (
 purpose), so that it depends on no worker, rank or order.
 """
 
-import io
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openbagel.checks import check_choice
 from openbagel.config import BagelConfig
-from openbagel.images import ImageLimits, open_picture, picture_size, to_pixels
-from openbagel.sequence import Text, VitImage
+from openbagel.images import ImageLimits, open_picture, open_video, picture_size, to_pixels
+from openbagel.sequence import Span, Text, VitImage
 
 
 class BadRow(ValueError):
@@ -38,15 +40,11 @@ class Picture:
     @classmethod
     def of(cls, content: bytes | Path | Image.Image) -> "Picture":
         """ValueError when there is no such file, or it is no picture or too large to be safe."""
-        return cls(content, picture_size(_opened(content)))
+        return cls(content, picture_size(content))
 
     def open(self) -> Image.Image:
         """RGB; ValueError when it is damaged or truncated."""
-        return open_picture(_opened(self.content))
-
-
-def _opened(content: bytes | Path | Image.Image) -> io.BytesIO | Path | Image.Image:
-    return io.BytesIO(content) if isinstance(content, bytes) else content
+        return open_picture(self.content)
 
 
 class Role(StrEnum):
@@ -147,18 +145,16 @@ class Dataset(Protocol):
 
 def decode(parts: Iterable[Part]) -> tuple[Text | VitImage | Pixels, ...]:
     """Opens, resizes and normalises every picture. ValueError when one is damaged."""
-    decoded: list[Text | VitImage | Pixels] = []
-    for part in parts:
-        match part:
-            case Text():
-                decoded.append(part)
-            case Look(picture, limits, num_images):
-                pixels = to_pixels(limits.resize(picture.open(), num_images)) if picture else None
-                decoded.append(VitImage(pixels))
-            case Draw(pictures, limits):
-                frames = tuple(to_pixels(limits.resize(picture.open())) for picture in pictures)
-                decoded.append(Pixels(frames, part.role, part.position_step, part.copies))
-    return tuple(decoded)
+    return tuple(map(_decoded, parts))
+
+
+def _decoded(part: Part) -> Text | VitImage | Pixels:
+    if isinstance(part, Text):
+        return part
+    if isinstance(part, Look):
+        return VitImage(part.picture and to_pixels(part.limits.resize(part.picture.open(), part.num_images)))
+    frames = tuple(to_pixels(part.limits.resize(picture.open())) for picture in part.pictures)
+    return Pixels(frames, part.role, part.position_step, part.copies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +167,22 @@ class Extent:
 
 def extent(parts: Iterable[Part], config: BagelConfig) -> Extent:
     """Counts a sample as packing will lay it out, from headers alone."""
-    tokens = pairs = visible = 0
+    spans: list[Span] = []
     for part in parts:
-        length = _length(part, config)
         hidden = isinstance(part, Draw) and part.role is Role.TARGET
         copies = part.copies if isinstance(part, Draw) else 1
-        own = length * (length + 1) // 2 if isinstance(part, Text) else length * length
-        tokens += copies * length
-        pairs += copies * (length * visible + own)
-        visible += 0 if hidden else length
-    return Extent(tokens, pairs)
+        spans += [Span(0, _length(part, config), isinstance(part, Text), hidden)] * copies
+    return Extent(sum(span.length for span in spans), visible_pairs(spans))
+
+
+def visible_pairs(spans: Iterable[Span]) -> int:
+    """(query, key) pairs of one sample that see each other; where its spans start does not matter."""
+    pairs = before = 0
+    for span in spans:
+        own = span.length * (span.length + 1) // 2 if span.causal else span.length**2
+        pairs += span.length * before + own
+        before += 0 if span.hidden else span.length
+    return pairs
 
 
 def _length(part: Part, config: BagelConfig) -> int:
@@ -193,3 +195,79 @@ def _length(part: Part, config: BagelConfig) -> int:
         side = config.vit.patch_size if config.vit else 1  # without a ViT every look is dropped
     sizes = [part.limits.fit(*picture.size, num_images) for picture in pictures]
     return sum((width // side) * (height // side) + 2 for width, height in sizes)
+
+
+# frames of a video file, decoded (PyAV) only when wanted ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameSampler:
+    """Which frames of a video are seen: a random count of them, one from each of as many equal stretches.
+
+    sample: "rand" takes a random frame of its stretch, "middle" the middle one.
+    """
+
+    max_num_frames: int = 12
+    min_num_frames: int = 8
+    sample: str = "rand"
+
+    def __post_init__(self) -> None:
+        least, most = self.min_num_frames, self.max_num_frames
+        if not 1 <= least <= most:
+            raise ValueError(f"min_num_frames {least} must lie in 1 … max_num_frames {most}")
+        check_choice("sample", self.sample, ("rand", "middle"))
+
+    def indices(self, length: int, rng: random.Random) -> tuple[int, ...]:
+        """Rising places in a video of `length` frames: all of them when it is short."""
+        count = min(rng.randint(self.min_num_frames, self.max_num_frames), length)
+        bounds = [index * length // count for index in range(count + 1)]
+        stretches = zip(bounds, bounds[1:], strict=False)
+        if self.sample == "middle":
+            return tuple((first + end - 1) // 2 for first, end in stretches)
+        return tuple(rng.randrange(first, end) for first, end in stretches)
+
+
+def evenly(count: int, length: int) -> tuple[int, ...]:
+    """`count` places from the first frame to the last."""
+    return tuple(index * (length - 1) // max(count - 1, 1) for index in range(count))
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFrame(Picture):
+    """One of the wanted frames of a video; opening the first decodes all of them in one pass."""
+
+    indices: tuple[int, ...]
+    place: int
+
+    def open(self) -> Image.Image:
+        assert isinstance(self.content, Path)
+        return _frames_at(self.content, self.indices)[self.place]
+
+
+def video_frames(path: Path, choose: Callable[[int], tuple[int, ...]]) -> list[Picture]:
+    """The frames at the rising places that are chosen from so many; nothing is decoded yet."""
+    length, size = video_header(path)
+    indices = choose(length)
+    return [VideoFrame(path, size, indices, place) for place in range(len(indices))]
+
+
+@lru_cache(maxsize=4096)
+def video_header(path: Path) -> tuple[int, tuple[int, int]]:
+    """(frames, (width, height)); a file whose header keeps no count is walked without decoding.
+
+    ValueError when the file is missing or damaged.
+    """
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        count = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        return count, (stream.codec_context.width, stream.codec_context.height)
+
+
+@lru_cache(maxsize=2)
+def _frames_at(path: Path, indices: tuple[int, ...]) -> list[Image.Image]:
+    with open_video(path) as container:
+        decoded = enumerate(islice(container.decode(video=0), indices[-1] + 1))
+        found = {index: frame.to_image() for index, frame in decoded if index in indices}
+    if indices[-1] in found:
+        return [found[index] for index in indices]
+    raise ValueError(f"{path} is truncated: it has no frame {indices[-1]}; get a complete copy of it")

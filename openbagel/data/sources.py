@@ -4,23 +4,25 @@ A source only reads: what a row means is the task's business (tasks.py). Files a
 wanted, so a source travels to a worker as a few paths and offsets.
 """
 
-import difflib
 import json
 import random
 import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from openbagel.checks import extra, nearest, retold
 from openbagel.data.samples import BadRow
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 CACHE_BYTES = 512 * 2**20
+ARROW_ERRORS = (OSError, ValueError, RuntimeError)
+"""All that pyarrow raises for a damaged file."""
 
 
 class Source(Protocol):
@@ -76,19 +78,14 @@ def _used(files: list[Path], num_used: int | None) -> list[Path]:
 
 
 def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as error:
-        raise BadRow(f"{path} cannot be read ({error.strerror})") from None
+    with retold("it cannot be read: {error}", OSError, kind=BadRow), path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def _object(content: bytes, what: str) -> dict[str, Any]:
-    try:
+    with retold(f"{what} is no valid JSON ({{error}}): {content[:60]!r}", ValueError, kind=BadRow):
         value = json.loads(content)
-    except ValueError as error:
-        raise BadRow(f"{what} is no valid JSON ({error}): {content[:60]!r}") from None
     if not isinstance(value, dict):
         raise BadRow(f"{what} is no JSON object but {content[:60]!r}; write {{field: value, …}}")
     return value
@@ -115,11 +112,9 @@ class ParquetSource:
 
     def row(self, index: int) -> dict[str, Any]:
         block, offset = located(self.starts, index)
-        try:
+        with retold("the row group is damaged ({error}); get a complete copy", *ARROW_ERRORS, kind=BadRow):
             table = self._table(*self.groups[block])
             return {name: table.column(name)[offset].as_py() for name in table.column_names}
-        except (OSError, ValueError, RuntimeError) as error:
-            raise BadRow(f"the row group is damaged ({error}); get a complete copy of the file") from None
 
     def where(self, index: int) -> str:
         block, offset = located(self.starts, index)
@@ -134,20 +129,15 @@ class ParquetSource:
         return self.cache[path, group]
 
 
-def arrow() -> Any:
-    """pyarrow with its parquet part; ValueError when it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("parquet needs pyarrow: pip install 'openbagel[data]'") from None
-    return pyarrow
+def arrow(part: str = "") -> Any:
+    """pyarrow, or a part of it such as ".parquet"; ValueError when it is not installed."""
+    return extra(f"pyarrow{part}", "data", "parquet")
 
 
 def _parquet_file(path: Path) -> Any:
-    try:
-        return arrow().parquet.ParquetFile(path, page_checksum_verification=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or no parquet file ({error}); get a complete copy") from None
+    parquet = arrow(".parquet")
+    with retold(f"{path} is damaged or no parquet file ({{error}}); get a complete copy", *ARROW_ERRORS):
+        return parquet.ParquetFile(path, page_checksum_verification=True)
 
 
 def _check_info(info: Path, files: Sequence[Path]) -> None:
@@ -161,16 +151,13 @@ def _check_info(info: Path, files: Sequence[Path]) -> None:
     for key in keys:
         places = [place / key for place in (files[0].parent, info.parent, Path()) if (place / key).is_file()]
         if not places:
-            raise ValueError(f"{info}: key {key!r} names no file{_closest(key, files)}; {remedy}")
+            hint = nearest(key, map(str, files), cutoff=0)
+            raise ValueError(f"{info}: key {key!r} names no file{hint}; {remedy}")
         known.add(places[0].resolve())
     for file in files:
         if file.resolve() not in known:
-            raise ValueError(f"{file} matches no key of {info}{_closest(str(file), keys)}; {remedy}")
-
-
-def _closest(word: str, choices: Iterable[Any]) -> str:
-    close = difflib.get_close_matches(word, map(str, choices), n=1, cutoff=0)
-    return f"; the nearest is {close[0]!r}" if close else ""
+            hint = nearest(str(file), keys, cutoff=0)
+            raise ValueError(f"{file} matches no key of {info}{hint}; {remedy}")
 
 
 # JSONL -----------------------------------------------------------------------------------------------------
@@ -234,17 +221,15 @@ class TarSource:
 def _tar_rows(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """{name: {ending: (offset, bytes)}} of a tar's members."""
     rows: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, ending = name.partition(".")
-                if member.isfile() and stem and dot:
-                    place = (member.offset_data, member.size)
-                    rows.setdefault(f"{folder}/{stem}", {})[f".{ending.lower()}"] = place
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is damaged or no plain tar ({error}); get a complete copy") from None
+    message = f"{path} is damaged or no plain tar ({{error}}); get a complete copy"
+    with retold(message, tarfile.TarError), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            stem, dot, ending = name.partition(".")
+            if member.isfile() and stem and dot:
+                place = (member.offset_data, member.size)
+                rows.setdefault(f"{folder}/{stem}", {})[f".{ending.lower()}"] = place
+        end = tar.offset
     if not rows or end > path.stat().st_size:
         raise ValueError(f"{path} is cut short or holds no files; get a complete copy of it")
     return rows

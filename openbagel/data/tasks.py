@@ -10,12 +10,12 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openbagel.config import nearest
-from openbagel.data.samples import BadRow, Draw, Look, Part, Picture, Role
-from openbagel.data.video import FrameSampler, evenly, video_frames, video_header
+from openbagel.checks import nearest, retold
+from openbagel.data.samples import BadRow, Draw, FrameSampler, Look, Part, Picture, Role, evenly, video_frames
 from openbagel.images import ImageLimits
 from openbagel.sequence import Text
 from openbagel.tokens import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING, TextCodec
@@ -80,8 +80,7 @@ class TaskSetting:
         """Clean pictures of one split, then looks at each; what is dropped keeps its positions."""
         clean = [Draw(tuple(pictures), self.vae, Role.CONDITION, step)]
         if self.drops(self.dropout.vae):
-            positions = (len(pictures) - 1) * step + 1
-            clean = [Draw((), self.vae, Role.CONDITION)] * positions
+            clean = [Draw((), self.vae, Role.CONDITION)] * ((len(pictures) - 1) * step + 1)
         return [*clean, *(self.seen(None if self.drops(self.dropout.vit) else p) for p in pictures)]
 
     def target(self, picture: Picture) -> Draw:
@@ -92,20 +91,16 @@ class TaskSetting:
 
     def pictures(self, row: Row, name: str) -> list[Picture]:
         """Of a field that holds a list, or one."""
-        value = _field(row, name)
-        if not isinstance(value, list | tuple):
+        if not isinstance(value := _field(row, name), list | tuple):
             return [self.picture(value, name)]
         return [self.picture(item, f"{name}[{place}]") for place, item in enumerate(value)]
 
     def video(self, row: Row, count: int | None = None) -> list[Picture]:
         """`count` frames of the row's video from first to last, else as many as the sampler says."""
         path = self.folder / _words(_field(row, "video"), "video")
-        try:
-            length, _ = video_header(path)
-            indices = evenly(count, length) if count else self.frames.indices(length, self.rng)
-            return video_frames(path, indices)
-        except ValueError as error:
-            raise BadRow(f"field 'video': {error}") from None
+        choose = partial(evenly, count) if count else partial(self.frames.indices, rng=self.rng)
+        with retold("field 'video': {error}", ValueError, kind=BadRow):
+            return video_frames(path, choose)
 
 
 # fields ----------------------------------------------------------------------------------------------------
@@ -122,13 +117,11 @@ def picture_in(folder: Path, value: Any, name: str, *, whole: bool = False) -> P
     content = folder / content if isinstance(content, str | Path) else content
     if not isinstance(content, bytes | Path):
         raise BadRow(f"field {name!r} holds no picture but {_short(value)}; give its bytes or path")
-    try:
+    with retold(f"field {name!r}: {{error}}", ValueError, kind=BadRow):
         picture = Picture.of(content)
         if whole:
             picture.open()
-    except ValueError as error:
-        raise BadRow(f"field {name!r}: {error}") from None
-    return picture
+        return picture
 
 
 def _field(row: Row, *names: str) -> Any:
@@ -137,9 +130,8 @@ def _field(row: Row, *names: str) -> Any:
         if row.get(name) is not None:
             return row[name]
     given, wanted = [name for name in row if row[name] is not None], " or ".join(map(repr, names))
-    raise BadRow(
-        f"field {wanted} is missing{nearest(names[0], given)}; the row has {', '.join(given) or 'none'}"
-    )
+    hint, has = nearest(names[0], given), ", ".join(given) or "none"
+    raise BadRow(f"field {wanted} is missing{hint}; the row has {has}")
 
 
 def _words(value: Any, name: str) -> str:
@@ -175,8 +167,8 @@ def _caption(row: Row, rng: random.Random) -> str:
         captions = json.loads(captions) if isinstance(captions, str) else captions
     if not isinstance(captions, dict | list):
         raise BadRow(f'field \'captions\' is no JSON object: {_short(captions)}; write {{"caption": "…"}}')
-    named = captions if isinstance(captions, dict) else dict(enumerate(captions))
-    choices = [text for text in named.values() if text is not None]
+    texts = captions.values() if isinstance(captions, dict) else captions
+    choices = [text for text in texts if text is not None]
     return _one_of(choices, "captions", rng) if choices else " "
 
 
@@ -259,11 +251,9 @@ def _thinking(thought: Any) -> str:
 
 
 def _learnable(parts: list[Part], name: str) -> list[Part]:
-    for part in parts:
-        if isinstance(part, Text) and part.loss and part.ids:
-            return parts
-        if isinstance(part, Draw) and part.role is not Role.CONDITION:
-            return parts
+    drawn = any(isinstance(part, Draw) and part.role is not Role.CONDITION for part in parts)
+    if drawn or any(isinstance(part, Text) and part.loss and part.ids for part in parts):
+        return parts
     raise BadRow(f"field {name!r} holds nothing to learn; write a text or answer, or a text before a picture")
 
 
@@ -346,10 +336,8 @@ def video_interleaved(row: Row, setting: TaskSetting) -> list[Part]:
     group, so that each is learned after it. Without captions the sampler chooses the frames of a video.
     """
     changes = _list(row, "captions") if row.get("captions") else []
-    if row.get("frames"):
-        frames = setting.pictures(row, "frames")
-    else:
-        frames = setting.video(row, len(changes) + 1 if changes else None)
+    count = len(changes) + 1 if changes else None
+    frames = setting.pictures(row, "frames") if row.get("frames") else setting.video(row, count)
     leads = [row.get("caption"), *(changes and _list(row, "captions", len(frames) - 1))]
     step, given = row.get("frame_step") or 1, row.get("given") or 0
     if not (isinstance(step, int) and step > 0):
@@ -425,9 +413,8 @@ UNDERSTANDING = {"vlm_sft", "interleaved_und"}
 def guess_task(row: Row) -> str:
     """The task that reads a row like this. ValueError when none does."""
     given = {name for name, value in row.items() if value is not None}
-    sign = next((sign for sign in SIGNS if sign in given), None)
-    if sign is None:
-        raise ValueError(f"no task reads the fields {sorted(given)}; expected one of {', '.join(SIGNS)}")
-    if sign == "texts" and not given & {"captions", "learned"}:
-        return interleaved_und.__name__
-    return SIGNS[sign].__name__
+    for sign, task in SIGNS.items():
+        if sign in given:
+            only_read = sign == "texts" and not given & {"captions", "learned"}
+            return (interleaved_und if only_read else task).__name__
+    raise ValueError(f"no task reads the fields {sorted(given)}; expected one of {', '.join(SIGNS)}")

@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from openbagel.config import to_json
+from openbagel.checks import extra
+from openbagel.config import from_json, to_json
 from openbagel.evals.world import Plan, evaluate
 from openbagel.inference.pipeline import Bagel
 
@@ -51,29 +51,24 @@ def checkpoints(run: Path) -> list[tuple[int, float, Path]]:
     if not folders:
         raise ValueError(f"{run} has no checkpoint yet; train it first")
     rows = [json.loads(line) for line in log.read_text("utf-8").splitlines() if line.endswith("}")]
-    done = [(row["step"] + 1, row["tokens"]) for row in rows]  # a row's step is the last that it covers
+    done = [(0, 0), *((row["step"] + 1, row["tokens"]) for row in rows)]  # a row's step is its last
     steps = [int(path.parent.name.partition("-")[2]) for path in folders]
-    tokens = np.interp(steps, [0, *(step for step, _ in done)], [0, *(seen for _, seen in done)])
+    tokens = np.interp(steps, *np.array(done).T)
     return [(s, float(t), path.parent) for s, t, path in zip(steps, tokens, folders, strict=True)]
 
 
 def score(
-    run: Path,
-    plan: Plan,
-    open: Callable[[Path], Bagel],
-    output: Path,
-    progress: Callable[[str], object] = lambda line: None,
+    run: Path, plan: Plan, open: Callable[[Path], Bagel], output: Path, progress: Callable[[str], object]
 ) -> list[Point]:
     """Scores what `output`, a JSON file, lacks, and keeps it after each checkpoint, so that it can go on.
 
     ValueError when the file was made with another plan.
     """
-    known: dict[str, Any] = {"plan": to_json(plan), "points": []}
-    if output.is_file():
-        known = json.loads(output.read_text("utf-8"))
-        if known["plan"] != to_json(plan):
-            raise ValueError(f"{output} was made with another plan, {known['plan']}; name another file")
-    points = {p["step"]: Point(p["step"], p["tokens"], _pairs(p["scores"])) for p in known["points"]}
+    asked = to_json(plan)
+    known = json.loads(output.read_text("utf-8")) if output.is_file() else {"plan": asked, "points": []}
+    if known["plan"] != asked:
+        raise ValueError(f"{output} was made with another plan, {known['plan']}; name another file")
+    points = {one["step"]: from_json(Point, one, str(output)) for one in known["points"]}
     for step, tokens, folder in checkpoints(run):
         if step in points:
             continue
@@ -81,14 +76,10 @@ def score(
         output.parent.mkdir(parents=True, exist_ok=True)
         fresh = output.with_suffix(".tmp")
         listed = [to_json(point) for _, point in sorted(points.items())]
-        fresh.write_text(json.dumps({"plan": to_json(plan), "points": listed}, indent=1) + "\n", "utf-8")
+        fresh.write_text(json.dumps({"plan": asked, "points": listed}, indent=1) + "\n", "utf-8")
         fresh.replace(output)
         progress(f"step {step}, {tokens:,.0f} tokens: {_told(points[step])}")
     return [point for _, point in sorted(points.items())]
-
-
-def _pairs(scores: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    return {kind: (right, total) for kind, (right, total) in scores.items()}
 
 
 def _scores(bagel: Bagel, plan: Plan) -> dict[str, tuple[int, int]]:
@@ -111,12 +102,12 @@ def emergence(points: Sequence[Point]) -> Iterator[tuple[str, float, float]]:
     """(ability, its peak, tokens at which it first had MOST of that, between checkpoints by a line)."""
     for name, start in ABILITIES.items():
         shares = [point.share(start) for point in points]
-        if math.isnan(sum(shares, 0.0 if points else math.nan)):
+        if not shares or any(map(math.isnan, shares)):
             continue
         goal = MOST * max(shares)
         place = next(i for i, share in enumerate(shares) if share >= goal)
-        near = [0, 0] if place == 0 else [place - 1, place]
-        tokens = np.interp(goal, [shares[i] for i in near], [points[i].tokens for i in near])
+        near = slice(max(place - 1, 0), place + 1)
+        tokens = np.interp(goal, shares[near], [point.tokens for point in points[near]])
         yield name, max(shares), float(tokens)
 
 
@@ -129,11 +120,7 @@ def table(points: Sequence[Point]) -> str:
 
 def draw(points: Sequence[Point], output: Path) -> Path:
     """A PNG: the four abilities, with the tokens to 85 % of their peaks, and every kind."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("matplotlib is not installed: pip install 'openbagel[plot]'") from None
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = extra("matplotlib.figure", "plot", "a curve").Figure(figsize=(12, 5), layout="constrained")
     tokens = [point.tokens for point in points]
     found = {name: (peak, at) for name, peak, at in emergence(points)}
     kinds = dict.fromkeys(kind for point in points for kind in point.scores)
@@ -147,7 +134,7 @@ def draw(points: Sequence[Point], output: Path) -> Path:
             if name in found:
                 peak, at = found[name]
                 axes.plot([at], [MOST * peak], "D", color=f"C{number}")
-        axes.legend(fontsize=7 if place == 2 else 9, ncols=2 if place == 2 else 1)
+        axes.legend(fontsize=11 - 2 * place, ncols=place)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
     return output

@@ -4,7 +4,6 @@ An exercise is a conversation. What is given is heard; what the model writes is 
 it draws is judged, what it films is measured; and its own texts and pictures go on in the conversation.
 """
 
-import io
 import itertools
 import math
 import platform
@@ -18,14 +17,15 @@ import torch
 from PIL import Image
 
 import openbagel
-from openbagel.config import nearest, to_json
+from openbagel.checks import check_choice
+from openbagel.config import to_json
 from openbagel.inference.engine import Request
 from openbagel.inference.pipeline import Answer, Bagel
-from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Thinks, Writes
+from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Writes, views
 from openbagel.world.judge import judge, locate
 from openbagel.world.motion import score_clip, turned_frame
 from openbagel.world.render import render_picture
-from openbagel.world.rows import as_heard
+from openbagel.world.rows import as_heard, png
 from openbagel.world.samples import world_named
 from openbagel.world.scene import Scene, View, World
 from openbagel.world.tasks import TASKS, example
@@ -58,16 +58,11 @@ class Plan:
         settings = bagel.config.settings
         name = self.world or settings.world or "nano"
         kinds = kinds_of(world_named(name), self.held_out)
-        for kind in self.kinds:
-            if kind not in kinds:
-                raise ValueError(
-                    f"unknown kind {kind!r}{nearest(kind, kinds)}; world {name} has {', '.join(kinds)}"
-                )
-            if kinds[kind] and not settings.draws_by_itself:
-                raise ValueError(
-                    f"{kind!r} needs a model that decides what comes next; this one does not decide"
-                )
         able = [kind for kind, decides in kinds.items() if settings.draws_by_itself or not decides]
+        for kind in self.kinds:
+            check_choice(f"world {name}: kind", kind, kinds)
+            if kind not in able:
+                raise ValueError(f"{kind!r} is for models that decide what comes next; this does not decide")
         return replace(self, world=name, kinds=self.kinds or tuple(able))
 
 
@@ -125,8 +120,7 @@ def evaluate(bagel: Bagel, plan: Plan, progress: Callable[[int], object] | None 
     for kind in plan.kinds:
         for first in range(0, plan.samples, BATCH):
             numbers = range(first, min(first + BATCH, plan.samples))
-            made = [example(world, plan.seed, i, kind, held_out=plan.held_out) for i in numbers]
-            talks = [_Talk(world, one, i) for i, one in zip(numbers, made, strict=True)]
+            talks = [_Talk(world, i, example(world, plan.seed, i, kind, plan.held_out)) for i in numbers]
             while waiting := [talk for talk in talks if talk.hear()]:
                 requests = [talk.request(bagel, plan.think) for talk in waiting]
                 for talk, reply in zip(waiting, bagel.engine.drive_all(requests), strict=True):
@@ -141,8 +135,8 @@ class _Talk:
     """One exercise while it is done."""
 
     world: World
-    example: Example
     number: int
+    example: Example
     steps: list[Step] = field(init=False)
     """Those still to come, without thoughts."""
     heard: list[Any] = field(default_factory=list)
@@ -150,7 +144,7 @@ class _Talk:
     measures: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.steps = [step for step in self.example.steps if not isinstance(step, Thinks)]
+        self.steps = list(self.example.without_thought().steps)
 
     def hear(self) -> bool:
         """Takes in what is given next; whether something is to be made then."""
@@ -162,8 +156,8 @@ class _Talk:
         return bool(self.steps)
 
     def request(self, bagel: Bagel, think: bool) -> Request[Any]:
-        settings, seed = bagel.config.settings, self.number
-        seed += TURN_SEEDS * sum(turn.right is not None for turn in self.turns)
+        settings, made = bagel.config.settings, sum(turn.right is not None for turn in self.turns)
+        seed = self.number + TURN_SEEDS * made
         if self.example.decides:
             return bagel.interleave_request(self.heard, size=None, seed=seed, think=think)
         if isinstance(self.steps[0], Writes):
@@ -189,7 +183,8 @@ class _Talk:
             told = wanted[: place + 1]
             try:
                 if made is None or step is None or isinstance(made, str) != kinds[place]:
-                    raise ValueError(_misplaced(step, made))
+                    wrong = "went on after the end" if step is None else "the wrong one of text and picture"
+                    raise ValueError("ended too early" if made is None else wrong)
                 if any(kinds[: place + 1]):  # then the model's own words say what is right
                     told = as_told(self.world, replace(self.example, steps=tuple(told)), texts).steps
                 self._judge(told[-1], made)
@@ -197,15 +192,13 @@ class _Talk:
                 self.turns.append(Turn(_content(made), _truth(step, self.world), False, str(error)))
 
     def _judge(self, step: Step, made: Any) -> None:
-        match step:
-            case Writes(words):
-                reason = "" if made.strip() == words else f"expected {words!r}"
-            case Draws(_, spec):
-                reason = judge(spec, made, self.world).reason
-            case Films(views):
-                reason = self._clip(views, made)
-            case _:
-                raise AssertionError(step)
+        if isinstance(step, Writes):
+            reason = "" if made.strip() == step.words else f"expected {step.words!r}"
+        elif isinstance(step, Films):
+            reason = self._clip(step.views, made)
+        else:
+            assert isinstance(step, Draws)
+            reason = judge(step.spec, made, self.world).reason
         some = made[0] if isinstance(made, list) else made
         thought = some.thought if isinstance(some, Answer) else some.info.get("thought")
         self.turns.append(Turn(_content(made), _truth(step, self.world), not reason, reason, thought))
@@ -224,48 +217,22 @@ class _Talk:
         return judge(turned[1], frames[turned[0]], self.world).reason if turned else ""
 
     def record(self, held_out: bool) -> Record:
-        wrong = [turn.reason for turn in self.turns if turn.right is False]
-        return Record(
-            kind=self.example.kind,
-            index=self.number,
-            held_out=held_out,
-            right=not wrong,
-            reason=wrong[0] if wrong else "",
-            turns=tuple(self.turns),
-            measures=self.measures,
-        )
-
-
-def _misplaced(step: Step | None, made: Any) -> str:
-    if made is None:
-        return "ended too early"
-    if step is None:
-        return "went on after the end"
-    return "the wrong one of text and picture"
+        kind, turns = self.example.kind, tuple(self.turns)
+        reason = next((turn.reason for turn in turns if turn.right is False), "")
+        return Record(kind, self.number, held_out, not reason, reason, turns, self.measures)
 
 
 def _content(part: Any) -> Content:
     if part is None or isinstance(part, str):
         return str(part or "")
-    return tuple(png(picture) for picture in (part if isinstance(part, list) else [part]))
+    pictures = part if isinstance(part, list) else [part]
+    return tuple(png(picture.quantize(32)) for picture in pictures)  # enough colours to look at
 
 
 def _truth(step: Step | None, world: World) -> Content:
-    match step:
-        case Writes(words):
-            return words
-        case Draws(view):
-            return _content(render_picture(view, world.side))
-        case Films(views):
-            return _content([render_picture(view, world.side) for view in views])
-    return ""
-
-
-def png(picture: Image.Image) -> bytes:
-    """A small file: 32 colours are enough to look at."""
-    buffer = io.BytesIO()
-    picture.quantize(32).save(buffer, "PNG")
-    return buffer.getvalue()
+    if step is None or isinstance(step, Writes):
+        return step.words if step else ""
+    return _content([render_picture(view, world.side) for view in views([step])])
 
 
 # scores -----------------------------------------------------------------------------------------------------
@@ -311,16 +278,12 @@ def report(records: Sequence[Record], plan: Plan, bagel: Bagel, model: str) -> d
     """Everything needed to repeat the table: settings, versions, per-sample verdicts. Of a picture there is
     its number of frames.
     """
-    versions = {
-        "openbagel": openbagel.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {"openbagel": openbagel.__version__, "torch": torch.__version__}
     return {
         "model": model,
         "plan": to_json(plan.for_model(bagel)),
         "settings": to_json(bagel.config.settings),
-        "versions": versions,
+        "versions": {**versions, "python": platform.python_version()},
         "records": [_listed(record) for record in records],
     }
 

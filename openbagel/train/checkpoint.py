@@ -41,15 +41,13 @@ MAX_FAILURES = 3
 FAULTS = (OSError, SafetensorError, RuntimeError, MemoryError)
 
 
-def training_tensors(
-    model: nn.Module, ema: EMA | None, optimizer: Optimizer, *, frozen: bool = True
-) -> dict[str, Tensor]:
-    """All live tensors that a run needs to go on: `model/…`, `ema/…`, `optimizer/…`. frozen False leaves out
-    the weights that never change and are read from their source again, as under LoRA.
+def training_tensors(model: nn.Module, ema: EMA | None, optimizer: Optimizer) -> dict[str, Tensor]:
+    """All live tensors that a run needs to go on: `model/…`, `ema/…`, `optimizer/…`. Weights that never
+    change are left out: they are read from their source again.
     """
     trained = learned(model)
-    own = {name: value for name, value in model.state_dict().items() if frozen or name in trained}
-    parts = {"model": own, "ema": ema.state_dict() if ema else {}, "optimizer": optimizer.state_dict()}
+    own = {name: value for name, value in model.state_dict().items() if name in trained}
+    parts = {"model": own, "ema": ema.average if ema else {}, "optimizer": optimizer.state_dict()}
     return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
 
 
@@ -90,8 +88,6 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2) -> None:
-        if keep < 1:
-            raise ValueError(f"keep={keep} checkpoints is none; keep at least 1")
         self.folder, self.ranks, self.keep = folder, ranks, keep
         self.failures = 0
         """Saves that failed in a row."""
@@ -187,8 +183,8 @@ class Checkpoints:
         return self.folder / f"step-{step:07d}"
 
     def _newest(self) -> list[Path]:
-        names = [path.name for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
-        return [self.folder / name for name in sorted(names, key=lambda name: -int(name[5:]))]
+        steps = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+        return sorted(steps, key=lambda path: -int(path.name[5:]))
 
     def latest(self) -> Path | None:
         """The newest folder whose every byte is as written; a warning for each newer one that is not."""
@@ -201,26 +197,18 @@ class Checkpoints:
                 warnings.warn(f"{path} is damaged, trying the one before it: {damage}", stacklevel=2)
         return None
 
-    def load(self, tensors: Mapping[str, Tensor], path: Path | None = None) -> dict[str, Any] | None:
-        """Copies a checkpoint (default: the latest; None if there is none) into live tensors, sharded in any
-        way, and returns its facts. ValueError where names or shapes differ.
+    def load(self, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+        """Copies a checkpoint into live tensors, sharded in any way, and returns its facts. ValueError where
+        names or shapes differ.
         """
-        path = path or self.latest()
-        if path is None:
-            return None
         stored = Stored(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        wanted = dict(ChainMap(*self.ranks.gather_objects(shapes)))
-        faults = [
-            f"{name} is {stored.shapes.get(name, 'absent')}, expected {wanted.get(name, 'none')}"
-            for name in sorted(wanted.keys() | stored.shapes.keys())
-            if wanted.get(name) != stored.shapes.get(name)
-        ]
-        if faults:
-            raise ValueError(
-                f"{path} does not fit this run; {len(faults)} faults: {'; '.join(faults[:10])} "
-                "(8-bit optimiser states fit the number of ranks that wrote them alone)"
-            )
+        wanted, known = dict(ChainMap(*self.ranks.gather_objects(shapes))), stored.shapes
+        names = [name for name in sorted({*wanted, *known}) if wanted.get(name) != known.get(name)]
+        if names:
+            told = (f"{n} is {known.get(n, 'absent')}, expected {wanted.get(n, 'none')}" for n in names[:10])
+            hint = "(8-bit optimiser states fit the number of ranks that wrote them alone)"
+            raise ValueError(f"{path} does not fit this run; {len(names)} faults: {'; '.join(told)} {hint}")
         for name, tensor in tensors.items():
             part, start, _ = rows_of(tensor)
             if part.numel():

@@ -39,35 +39,27 @@ class Guard:
             raise ValueError(f"spike_min_seen {self.spike_min_seen} must lie in [2, {self.spike_window}]")
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether a step, or a self-test, is good; if not, the reason says why."""
-
-    good: bool
-    reason: str = ""
-
-
 class Watch:
-    """Judges steps. Losses and norms that are the same on every rank give the same verdicts there."""
+    """Judges steps. Losses and norms that are the same on every rank are judged alike there."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
         self.seen: dict[str, deque[float]] = {}
         self.bad_steps = self.bad_in_a_row = 0
 
-    def judge(self, losses: Mapping[str, float], grad_norm: float, *, step: int) -> Verdict:
-        """The verdict on a step, before its update. ValueError when too many in a row are bad."""
+    def fault(self, losses: Mapping[str, float], grad_norm: float, *, step: int) -> str:
+        """Why a step is left out, before its update; "" if it is good. ValueError when too many in a row are
+        bad.
+        """
         values = {**losses, "grad_norm": grad_norm}
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         bad = bad or [f"{name} jumped to {loss}" for name, loss in losses.items() if self._jumped(name, loss)]
         self.bad_steps += bool(bad)
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        if self.bad_in_a_row > self.guard.max_bad_steps:
-            raise ValueError(
-                f"step {step}: {', '.join(bad)}; that is more than max_bad_steps "
-                f"{self.guard.max_bad_steps} in a row: resume from before with a lower lr, or check the data"
-            )
-        return Verdict(not bad, ", ".join(bad))
+        if self.bad_in_a_row > (most := self.guard.max_bad_steps):
+            told = f"{', '.join(bad)}; that is more than max_bad_steps {most} in a row"
+            raise ValueError(f"step {step}: {told}: resume from before with a lower lr, or check the data")
+        return ", ".join(bad)
 
     def _jumped(self, name: str, loss: float) -> bool:
         """Whether a loss is a spike. It enters the window all the same: a lasting change of level is skipped
@@ -88,13 +80,14 @@ class Watch:
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
 
 
-def overfit_verdict(history: Sequence[Mapping[str, float]]) -> Verdict:
-    """Whether each loss of one pack, repeated with the same noise, fell below half of its first value."""
+def overfit_fault(history: Sequence[Mapping[str, float]]) -> str:
+    """Which losses of one pack, repeated with the same noise, did not fall below half of their first value,
+    and the remedy; "" if all did.
+    """
     first, last = history[0], history[-1]
     stuck = [f"{n} went from {first[n]:.4g} to {last[n]:.4g}" for n in first if not 2 * last[n] <= first[n]]
     advice = "raise lr or the steps, then check labels and what is frozen"
-    reason = f"{', '.join(stuck)} in {len(history)} steps on one pack; {advice}"
-    return Verdict(not stuck, reason if stuck else "")
+    return f"{', '.join(stuck)} in {len(history)} steps on one pack; {advice}" if stuck else ""
 
 
 # the start --------------------------------------------------------------------------------------------------
@@ -140,7 +133,7 @@ def check_first(losses: Mapping[str, float], config: BagelConfig, start: Start) 
 
 
 PART_OF = {
-    "lora_": "adapters",
+    "lora": "adapters",
     "_moe_gen": "generation expert",
     "language_model.": "understanding expert",
     "vit_model.": "ViT",
@@ -150,10 +143,8 @@ PART_OF = {
 """The parts of a model, by what the names of their parameters contain; the first that fits counts."""
 
 
-def banner(
-    model: nn.Module, *, start: Start, source: str = "", name: str = "", rank: int | None = None
-) -> str:
-    """What is trained and from where, in one line, such as "fine-tuning 7B from ema.safetensors; 14.1 B
+def banner(model: nn.Module, *, start: Start, source: str = "", rank: int | None = None) -> str:
+    """What is trained and from where, in one line, such as "fine-tuning from ema.safetensors; 14.1 B
     trainable (…); frozen: …". rank is that of adapters. ValueError when everything is frozen."""
     counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for key, parameter in model.named_parameters():
@@ -163,8 +154,8 @@ def banner(
     lists = {side: ", ".join(f"{k} {_short(n)}" for k, n in parts.items()) for side, parts in counts.items()}
     if not lists[True]:
         raise ValueError("everything is frozen; unfreeze a part, for example with freeze_llm=False")
-    method = f"with LoRA of rank {rank}" if rank is not None else ""
-    head = " ".join(filter(None, [start.value, method, name, f"from {source}" if source else ""]))
+    method = "" if rank is None else f" with LoRA of rank {rank}"
+    head = f"{start.value}{method}" + (f" from {source}" if source else "")
     trainable = f"{_short(counts[True].total())} trainable ({lists[True]})"
     return f"{head}; {trainable}" + (f"; frozen: {lists[False]}" if lists[False] else "")
 

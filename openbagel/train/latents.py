@@ -26,19 +26,16 @@ ENCODED_TOGETHER = 16
 """Pictures of one size that go through the autoencoder at once."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class LatentCache:
-    """Posterior means and variances on disk (float16), found by the pixels and the autoencoder's weights."""
+    """Posterior means and variances on disk (float16), found by the pixels and the autoencoder's weights: a
+    folder per autoencoder, so that other weights never find these latents.
+    """
 
-    folder: Path
-
-    @classmethod
-    def of(cls, folder: str | Path, autoencoder: AutoEncoder) -> "LatentCache":
-        """A folder per autoencoder: other weights never find these latents."""
+    def __init__(self, folder: str | Path, autoencoder: AutoEncoder) -> None:
         digest = hashlib.blake2b(digest_size=8)
         for name, tensor in autoencoder.encoder.state_dict().items():
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return cls(Path(folder) / digest.hexdigest())
+        self.folder = Path(folder) / digest.hexdigest()
 
     def get(self, pixels: Tensor) -> Tensor | None:
         """Moments float32[2Z, h, w], or None."""
@@ -78,10 +75,8 @@ class LatentEncoder:
     def _moments(self, frames: list[Tensor]) -> Iterator[Tensor]:
         """float32[2Z, h, w] of each frame, in order; pictures of one size are encoded together."""
         if frames and self.autoencoder is None:
-            raise ValueError(
-                "the data has pictures to draw and the model has no autoencoder; add ae.safetensors to its "
-                "folder, or leave those data sets out"
-            )
+            remedy = "add ae.safetensors to its folder, or leave those data sets out"
+            raise ValueError(f"the data has pictures to draw and the model has no autoencoder; {remedy}")
         found = [self.cache.get(frame) if self.cache else None for frame in frames]
         by_size: dict[torch.Size, list[int]] = defaultdict(list)
         for index, known in enumerate(found):
@@ -108,8 +103,6 @@ class LatentEncoder:
         for part in sample.parts:
             if not isinstance(part, Pixels):
                 yield part
-            elif not part.frames:
-                yield VaeImage(())
             else:
                 frames = [self._latents(next(moments), generator) for _ in part.frames]
                 yield from self._images(part, frames, generator)
@@ -124,18 +117,15 @@ class LatentEncoder:
 
     def _images(self, part: Pixels, frames: list[Frame], generator: torch.Generator) -> Iterator[VaeImage]:
         steps = [part.position_step] * (len(frames) - 1) + [0]
-        frames = [replace(frame, position_step=step) for frame, step in zip(frames, steps, strict=True)]
+        frames = [replace(frame, position_step=step) for frame, step in zip(frames, steps, strict=False)]
         if part.role is Role.CONDITION:
             yield VaeImage(tuple(frames))
             return
-        for t in self._times(part.copies, generator):
+        # shifted logit-normal times, one from each of `copies` equal parts of the distribution
+        shares = (torch.arange(part.copies) + torch.rand(part.copies, generator=generator)) / part.copies
+        for t in shifted(torch.special.ndtri(shares).sigmoid(), self.timestep_shift).tolist():
             noised = tuple(_noised(frame, t, generator) for frame in frames)
             yield VaeImage(noised, t, hidden=part.role is Role.TARGET)
-
-    def _times(self, copies: int, generator: torch.Generator) -> list[float]:
-        """Shifted logit-normal times, one from each of `copies` equal parts of the distribution."""
-        parts = (torch.arange(copies) + torch.rand(copies, generator=generator)) / copies
-        return shifted(torch.special.ndtri(parts).sigmoid(), self.timestep_shift).tolist()
 
 
 def _noised(frame: Frame, t: float, generator: torch.Generator) -> Frame:

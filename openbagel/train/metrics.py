@@ -1,6 +1,5 @@
 """What a run says about itself: the console line, metrics.jsonl, TensorBoard, Weights & Biases, and plots."""
 
-import importlib
 import itertools
 import json
 import math
@@ -16,8 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from openbagel.checks import check_least, extra
 from openbagel.config import BagelConfig
-from openbagel.sequence import PackedSequence, Span
+from openbagel.data.samples import visible_pairs
+from openbagel.sequence import PackedSequence
 
 Row = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
@@ -44,8 +45,9 @@ def train_flops(config: BagelConfig, pack: PackedSequence, frozen: Collection[st
     no weight gradients (as with adapters), "vit" no gradients at all.
     """
     llm, vit = config.llm, config.vit
-    linear = len(pack) * _block_weights(config) + len(pack.labels) * llm.vocab_size * llm.hidden_size
-    attention = 2 * sum(map(_pairs, pack.spans)) * llm.hidden_size * llm.num_hidden_layers
+    linear = len(pack) * llm.block_weights * llm.num_hidden_layers
+    linear += len(pack.labels) * llm.vocab_size * llm.hidden_size
+    attention = 2 * sum(map(visible_pairs, pack.spans)) * llm.hidden_size * llm.num_hidden_layers
     products = linear * (2 if "llm" in frozen else 3) + attention * 3
     if vit is not None:
         width, patches = vit.hidden_size, len(pack.patches)
@@ -55,23 +57,6 @@ def train_flops(config: BagelConfig, pack: PackedSequence, frozen: Collection[st
         connector = patches * (width + llm.hidden_size) * llm.hidden_size
         products += looking * (1 if "vit" in frozen else 3) + connector * 3
     return 2.0 * products
-
-
-def _block_weights(config: BagelConfig) -> int:
-    """Matrix entries that one token meets in all blocks; the same for both experts."""
-    llm = config.llm
-    attention = 2 * llm.hidden_size * llm.head_dim * (llm.num_attention_heads + llm.num_key_value_heads)
-    return llm.num_hidden_layers * (attention + 3 * llm.hidden_size * llm.intermediate_size)
-
-
-def _pairs(spans: Sequence[Span]) -> int:
-    """(query, key) pairs of one sample that see each other."""
-    pairs = before = 0
-    for span in spans:
-        own = span.length * (span.length + 1) // 2 if span.causal else span.length**2
-        pairs += span.length * before + own
-        before += 0 if span.hidden else span.length
-    return pairs
 
 
 # the log ----------------------------------------------------------------------------------------------------
@@ -92,29 +77,27 @@ class Track:
     """Of one device, for the MFU; 0: that of the table, if it is there."""
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise ValueError(f"log_every {self.log_every} must be at least 1")
+        check_least(self, log_every=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One optimiser step, summed over its packs and all ranks; steps count from 0, as in the reference's log.
 
-    losses: unweighted means over labels and latents; left out, or NaN, where the step had none. room: tokens
-    that its packs could hold. seconds: wall time, data included. more: what else to log as it stands now,
-    such as counters of what was skipped.
+    losses: unweighted means over labels and latents; left out, or NaN, where the step had none. sums: tokens;
+    room, the tokens that its packs could hold; samples; flops; seconds of wall time, data included. more:
+    what else to log as it stands now, such as counters of what was skipped.
     """
 
     step: int
     losses: Mapping[str, float]
     lr: float
     grad_norm: float
-    tokens: int
-    room: int
-    samples: int
-    flops: float
-    seconds: float
+    sums: Mapping[str, float]
     more: Mapping[str, float] = field(default_factory=dict)
+
+
+Report = Callable[[str], None]
 
 
 def say(line: str) -> None:
@@ -133,18 +116,11 @@ class Metrics(ExitStack):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        track: Track,
-        total_steps: int,
-        start: int = 0,
-        peak: float | None = None,
-        report: Callable[[str], None] = say,
+        self, folder: Path, *, track: Track, total_steps: int, start: int = 0, peak: float | None = None
     ) -> None:
         super().__init__()
         folder.mkdir(parents=True, exist_ok=True)
-        self.track, self.total_steps, self.peak, self.report = track, total_steps, peak, report
+        self.track, self.total_steps, self.peak, self.report = track, total_steps, peak, say
         self.window: dict[str, list[float]] = {}
         self.totals: dict[str, float] = {"tokens": 0, "samples": 0, "seconds": 0.0}
         self.bar = self.enter_context(tqdm(total=total_steps, initial=start, unit="step", disable=None))
@@ -164,11 +140,10 @@ class Metrics(ExitStack):
 
     def step(self, record: StepRecord) -> None:
         """Takes in one step."""
-        summed = {name: getattr(record, name) for name in ("tokens", "room", "samples", "flops", "seconds")}
-        for name, value in {**record.losses, "grad_norm": record.grad_norm, **summed}.items():
+        for name, value in {**record.losses, "grad_norm": record.grad_norm, **record.sums}.items():
             self.window.setdefault(name, []).extend([value] if math.isfinite(value) else [])
         for name in self.totals:
-            self.totals[name] += summed[name]
+            self.totals[name] += record.sums[name]
         self.bar.update()
         if record.step % self.track.log_every == 0 or record.step + 1 == self.total_steps:
             row = self._row(record)
@@ -212,7 +187,8 @@ def _json_lines(path: Path, start: int, closing: ExitStack) -> Callable[[Row], o
 
 
 def _tensorboard(folder: Path, start: int, closing: ExitStack) -> Callable[[Row], object]:
-    writer = _extra("torch.utils.tensorboard", "track").SummaryWriter(folder, purge_step=start)
+    tensorboard = extra("torch.utils.tensorboard", "track", "track.tensorboard")
+    writer = tensorboard.SummaryWriter(folder, purge_step=start)
     closing.callback(writer.close)
 
     def write(row: Row) -> None:
@@ -227,16 +203,10 @@ def _tensorboard(folder: Path, start: int, closing: ExitStack) -> Callable[[Row]
 def _wandb(folder: Path, track: Track, closing: ExitStack) -> Callable[[Row], object]:
     name, mode = track.wandb_name, "offline" if track.wandb_offline else None
     known = {"project": track.wandb_project, "name": name, "id": f"{name}-run{track.wandb_run_id}"}
-    run = _extra("wandb", "track").init(dir=folder, resume=track.wandb_resume, mode=mode, **known)
+    wandb = extra("wandb", "track", "track.wandb_project")
+    run = wandb.init(dir=folder, resume=track.wandb_resume, mode=mode, **known)
     closing.callback(run.finish)
     return lambda row: run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-
-
-def _extra(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"{module} is not installed: pip install 'openbagel[{extra}]'") from None
 
 
 # plots ------------------------------------------------------------------------------------------------------
@@ -262,7 +232,8 @@ def plot(runs: Sequence[str | Path], output: str | Path, *, smoothing: float = 0
     logs = {str(run): _points(Path(run)) for run in runs}
     panels = [name for name in PANELS if any(points[name] for points in logs.values())]
     lines = -(-len(panels) // 2)
-    figure = _extra("matplotlib.figure", "plot").Figure(figsize=(11, 3.2 * lines), layout="constrained")
+    figures = extra("matplotlib.figure", "plot", "a plot")
+    figure = figures.Figure(figsize=(11, 3.2 * lines), layout="constrained")
     for place, name in enumerate(panels, 1):
         axes = figure.add_subplot(lines, 2, place, title=name, xlabel="step")
         axes.grid(alpha=0.3)

@@ -10,7 +10,6 @@ write into its Python (group, data set, `data_dir` and so on). Without it they a
 """
 
 import argparse
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,103 +19,78 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from openbagel.attention import Execution
-from openbagel.config import nearest
-from openbagel.train.presets import nested
+from openbagel.checks import check_choice, nearest
+from openbagel.train.recipe import nested
 from openbagel.weights import TOP_LEVEL, describe
 
 
-def flag(default: Any, place: str | None = None, *, idle: str = "") -> Any:
-    """A flag that is the recipe's value at `place`; idle says why it has no effect."""
-    return dataclasses.field(default=default, metadata={"place": place, "idle": idle})
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """place: the recipe's value that it is; idle: why it has no effect."""
+
+    default: Any
+    place: str = ""
+    idle: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelArguments:
-    model_path: str = flag("hf/BAGEL-7B-MoT", "start.facts")
-    llm_path: str = flag("hf/Qwen2.5-0.5B-Instruct/", "start.parts.llm")
-    llm_qk_norm: bool = flag(True, "start.parts.qk_norm")
-    tie_word_embeddings: bool = flag(False, idle="the head is always a matrix of its own, a copy if tied")
-    layer_module: str = flag("Qwen2MoTDecoderLayer", "start.parts.layer_module")
-    vae_path: str = flag("flux/vae/ae.safetensors", "start.parts.vae")
-    vit_path: str = flag("hf/siglip-so400m-14-980-flash-attn2-navit/", "start.parts.vit")
-    max_latent_size: int = flag(32, "start.parts.max_latent_size")
-    latent_patch_size: int = flag(2, "start.parts.latent_patch_size")
-    vit_patch_size: int = flag(14, idle="the ViT's config.json states it")
-    vit_max_num_patch_per_side: int = flag(70, "start.parts.vit_max_num_patch_per_side")
-    connector_act: str = flag("gelu_pytorch_tanh", "start.parts.connector_act")
-    interpolate_pos: bool = flag(False, "start.parts.interpolate_pos")
-    vit_select_layer: int = flag(-2, "start.parts.vit_select_layer")
-    vit_rope: bool = flag(False)
-    text_cond_dropout_prob: float = flag(0.1, "data.dropout.text")
-    vae_cond_dropout_prob: float = flag(0.3, "data.dropout.vae")
-    vit_cond_dropout_prob: float = flag(0.3, "data.dropout.vit")
+def _at(section: str, **defaults: Any) -> dict[str, Flag]:
+    """Flags that the recipe calls the same, in one of its sections."""
+    return {name: Flag(default, f"{section}.{name}") for name, default in defaults.items()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataArguments:
-    dataset_config_file: str = flag("data/configs/example.yaml", "data.mixture")
-    dataset_info_file: str | None = flag(None, "data.dataset_info")
-    prefetch_factor: int = flag(2, "data.prefetch_factor")
-    num_workers: int = flag(4, "data.workers")
-    max_num_tokens_per_sample: int = flag(16384, "data.packing.max_num_tokens_per_sample")
-    max_num_tokens: int = flag(36864, "data.packing.max_num_tokens")
-    prefer_buffer_before: int = flag(16384, "data.packing.prefer_buffer_before")
-    max_buffer_size: int = flag(50, "data.packing.max_buffer_size")
-    data_seed: int = flag(42, "data.seed")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingArguments:
-    visual_gen: bool = flag(True, "train.visual_gen")
-    visual_und: bool = flag(True, "train.visual_und")
-    results_dir: str = flag("results", "folder")
-    checkpoint_dir: str = flag("results/checkpoints", "checkpoints")
-    wandb_project: str = flag("bagel", "track.wandb_project")
-    wandb_name: str = flag("run", "track.wandb_name")
-    wandb_runid: str = flag("0", "track.wandb_run_id")
-    wandb_resume: str = flag("allow", "track.wandb_resume")
-    wandb_offline: bool = flag(False, "track.wandb_offline")
-    global_seed: int = flag(4396, "train.seed")
-    auto_resume: bool = flag(False, "train.auto_resume")
-    resume_from: str | None = flag(None, "start.checkpoint")
-    resume_model_only: bool = flag(False)
-    finetune_from_ema: bool = flag(False)
-    finetune_from_hf: bool = flag(False)
-    log_every: int = flag(10, "track.log_every")
-    save_every: int = flag(2000, "train.save_every")
-    total_steps: int = flag(500_000, "train.steps")
-    warmup_steps: int = flag(2000, "train.schedule.warmup")
-    lr_scheduler: str = flag("constant", "train.schedule.kind")
-    lr: float = flag(1e-4, "train.schedule.lr")
-    min_lr: float = flag(1e-7, "train.schedule.min_lr")
-    beta1: float = flag(0.9, "train.beta1")
-    beta2: float = flag(0.95, "train.beta2")
-    eps: float = flag(1e-15, "train.eps")
-    ema: float = flag(0.9999, "train.ema")
-    max_grad_norm: float = flag(1.0, "train.max_grad_norm")
-    timestep_shift: float = flag(1.0, "train.timestep_shift")
-    mse_weight: float = flag(1.0, "train.mse_weight")
-    ce_weight: float = flag(1.0, "train.ce_weight")
-    ce_loss_reweighting: bool = flag(False, "train.ce_reweighting")
-    expected_num_tokens: int = flag(32768, "data.packing.expected_num_tokens")
-    gradient_accumulation_steps: int = flag(1, "train.accumulation")
-    peak_device_tflops: float = flag(0.0, "track.peak_device_tflops")
-    num_replicate: int = flag(1, "parallel.num_replicate")
-    num_shard: int = flag(8, "parallel.num_shard")
-    sharding_strategy: str = flag("HYBRID_SHARD")
-    backward_prefetch: str = flag("BACKWARD_PRE", idle="FSDP2 fetches the next block ahead by itself")
-    cpu_offload: bool = flag(False, "parallel.cpu_offload")
-    freeze_llm: bool = flag(False, "train.freeze.llm")
-    freeze_vit: bool = flag(False, "train.freeze.vit")
-    freeze_vae: bool = flag(True, idle="the autoencoder only encodes and is never trained")
-    freeze_und: bool = flag(False, "train.freeze.und")
-    copy_init_moe: bool = flag(True, "start.parts.copy_experts")
-    use_flex: bool = flag(False)
-
-
-Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
-GROUPS = (ModelArguments, DataArguments, TrainingArguments)
-FLAGS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
+FLAGS = {
+    **_at("start.parts", layer_module="Qwen2MoTDecoderLayer", max_latent_size=32),
+    **_at("start.parts", latent_patch_size=2, vit_max_num_patch_per_side=70),
+    **_at("start.parts", connector_act="gelu_pytorch_tanh", interpolate_pos=False),
+    **_at("start.parts", vit_select_layer=-2),
+    **_at("data", prefetch_factor=2),
+    **_at("data.packing", max_num_tokens_per_sample=16384, max_num_tokens=36864),
+    **_at("data.packing", prefer_buffer_before=16384, max_buffer_size=50),
+    **_at("data.packing", expected_num_tokens=32768),
+    **_at("train", visual_gen=True, visual_und=True, auto_resume=False, save_every=2000, beta1=0.9),
+    **_at("train", beta2=0.95, eps=1e-15, ema=0.9999, max_grad_norm=1.0, timestep_shift=1.0),
+    **_at("train", mse_weight=1.0, ce_weight=1.0),
+    **_at("track", wandb_project="bagel", wandb_name="run", wandb_resume="allow"),
+    **_at("track", wandb_offline=False, log_every=10, peak_device_tflops=0.0),
+    **_at("train.schedule", lr=1e-4, min_lr=1e-7),
+    **_at("parallel", num_replicate=1, num_shard=8, cpu_offload=False),
+    "model_path": Flag("hf/BAGEL-7B-MoT", "start.facts"),
+    "llm_path": Flag("hf/Qwen2.5-0.5B-Instruct/", "start.parts.llm"),
+    "llm_qk_norm": Flag(True, "start.parts.qk_norm"),
+    "tie_word_embeddings": Flag(False, idle="the head is always a matrix of its own, a copy if tied"),
+    "vae_path": Flag("flux/vae/ae.safetensors", "start.parts.vae"),
+    "vit_path": Flag("hf/siglip-so400m-14-980-flash-attn2-navit/", "start.parts.vit"),
+    "vit_patch_size": Flag(14, idle="the ViT's config.json states it"),
+    "vit_rope": Flag(False),
+    "text_cond_dropout_prob": Flag(0.1, "data.dropout.text"),
+    "vae_cond_dropout_prob": Flag(0.3, "data.dropout.vae"),
+    "vit_cond_dropout_prob": Flag(0.3, "data.dropout.vit"),
+    "dataset_config_file": Flag("data/configs/example.yaml", "data.mixture"),
+    "dataset_info_file": Flag(None, "data.dataset_info"),
+    "num_workers": Flag(4, "data.workers"),
+    "data_seed": Flag(42, "data.seed"),
+    "results_dir": Flag("results", "folder"),
+    "checkpoint_dir": Flag("results/checkpoints", "checkpoints"),
+    "wandb_runid": Flag("0", "track.wandb_run_id"),
+    "global_seed": Flag(4396, "train.seed"),
+    "resume_from": Flag(None, "start.checkpoint"),
+    "resume_model_only": Flag(False),
+    "finetune_from_ema": Flag(False),
+    "finetune_from_hf": Flag(False),
+    "total_steps": Flag(500_000, "train.steps"),
+    "warmup_steps": Flag(2000, "train.schedule.warmup"),
+    "lr_scheduler": Flag("constant", "train.schedule.kind"),
+    "ce_loss_reweighting": Flag(False, "train.ce_reweighting"),
+    "gradient_accumulation_steps": Flag(1, "train.accumulation"),
+    "sharding_strategy": Flag("HYBRID_SHARD"),
+    "backward_prefetch": Flag("BACKWARD_PRE", idle="FSDP2 fetches the next block ahead by itself"),
+    "freeze_llm": Flag(False, "train.freeze.llm"),
+    "freeze_vit": Flag(False, "train.freeze.vit"),
+    "freeze_vae": Flag(True, idle="the autoencoder only encodes and is never trained"),
+    "freeze_und": Flag(False, "train.freeze.und"),
+    "copy_init_moe": Flag(True, "start.parts.copy_experts"),
+    "use_flex": Flag(False),
+}
 ONLY_FROM_PARTS = ("llm_path", "vit_path", "vae_path", "llm_qk_norm", "vit_select_layer", "copy_init_moe")
 STRATEGIES = ("HYBRID_SHARD", "FULL_SHARD")
 """What the reference can save, too."""
@@ -129,8 +103,8 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parse(arguments: Sequence[str]) -> Arguments:
-    """The flags of a command line; ValueError says what is wrong and names the nearest flag."""
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """Every flag's value on a command line; ValueError says what is wrong and names the nearest flag."""
     parser = _Parser(prog="python -m openbagel.train", argument_default=argparse.SUPPRESS)
     for name, f in FLAGS.items():
         kind = str if f.default is None else type(f.default)
@@ -143,8 +117,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         unknown = next((word for word in left if word.startswith("-")), left[0])
         hint = nearest(unknown.lstrip("-").partition("=")[0], FLAGS)
         raise ValueError(f"unknown argument {unknown!r}{hint}")
-    given = vars(parsed)
-    return tuple(group(**{n: given[n] for n in group.__slots__ if n in given}) for group in GROUPS)  # pyright: ignore
+    return {name: f.default for name, f in FLAGS.items()} | vars(parsed)
 
 
 def _underscored(word: str) -> str:
@@ -162,26 +135,22 @@ def _read(kind: type, default: Any, text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
 
 
-def recipe_of(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> dict[str, Any]:
+def recipe_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's tree, of JSON values. Flags that change nothing warn; unsupported values are a ValueError.
 
     num_shard at its default means as many shards as the ranks allow.
     """
-    flags = {name: getattr(group, name) for group in (model, data, training) for name in group.__slots__}
-    if model.vit_rope:
+    if flags["vit_rope"]:
         raise ValueError("--vit_rope True: ViTs with rotary positions are not supported; leave it out")
-    strategy = training.sharding_strategy
-    if strategy not in STRATEGIES:
-        hint = nearest(strategy, STRATEGIES)
-        raise ValueError(f"--sharding_strategy {strategy!r} is not {' or '.join(STRATEGIES)}{hint}")
-    places = {f.metadata["place"]: flags[name] for name, f in FLAGS.items() if f.metadata["place"]}
-    if strategy == "FULL_SHARD":
+    check_choice("--sharding_strategy", flags["sharding_strategy"], STRATEGIES)
+    places = {f.place: flags[name] for name, f in FLAGS.items() if f.place}
+    if flags["sharding_strategy"] == "FULL_SHARD":
         places |= {"parallel.num_shard": None, "parallel.num_replicate": 1}
-    elif training.num_shard == FLAGS["num_shard"].default:
+    elif flags["num_shard"] == FLAGS["num_shard"].default:
         places["parallel.num_shard"] = None
-    execution = Execution.FLEX if training.use_flex else Execution.SPLITS
+    execution = Execution.FLEX if flags["use_flex"] else Execution.SPLITS
     tree = nested(places | {"data.packing.method": "official", "train.execution": execution.value})
-    idle = {name: f.metadata["idle"] for name, f in FLAGS.items() if f.metadata["idle"]}
+    idle = {name: f.idle for name, f in FLAGS.items() if f.idle}
     for name, why in (idle | _complete_start(tree["start"], flags)).items():
         if flags[name] != FLAGS[name].default:
             warnings.warn(f"--{name} {flags[name]} has no effect: {why}", stacklevel=2)
@@ -202,10 +171,9 @@ def _complete_start(start: dict[str, Any], flags: Mapping[str, Any]) -> dict[str
     idle = {} if bare else {"finetune_from_ema": "it needs --resume_model_only True"}
     if flags["finetune_from_hf"]:
         if not start["checkpoint"]:
-            raise ValueError(
-                "--finetune_from_hf True reads the configuration alone and would train random weights; add "
-                f"--resume_from {start['facts']} --resume_model_only True --finetune_from_ema True"
-            )
+            added = f"--resume_from {start['facts']} --resume_model_only True --finetune_from_ema True"
+            reads = "--finetune_from_hf True reads the configuration alone and would train random weights"
+            raise ValueError(f"{reads}; add {added}")
         start["settings"] = {n: flags[n] for n in TOP_LEVEL if flags[n] != FLAGS[n].default}
         start["parts"] = None
         return idle | dict.fromkeys(ONLY_FROM_PARTS, "--finetune_from_hf True takes all from --model_path")
@@ -223,13 +191,12 @@ def recipe(arguments: Sequence[str]) -> dict[str, Any]:
     checkpoint's grid stays. A larger one is computed anew: the sin-cos table gives a row and a column the
     same numbers whatever its side, so that nothing learned is lost.
     """
-    tree = recipe_of(*parse(arguments))
+    tree = recipe_of(parse(arguments))
     facts, wanted = tree["start"]["facts"], tree["start"]["settings"].get("max_latent_size")
     if wanted and wanted < (stored := describe(Path(facts))["config"]["max_latent_size"]):
-        raise ValueError(
-            f"--max_latent_size {wanted} is smaller than the {stored}x{stored} grid of {facts}: "
-            f"larger pictures would have no positions; give --max_latent_size {stored}"
-        )
+        smaller = f"--max_latent_size {wanted} is smaller than the {stored}x{stored} grid of {facts}"
+        remedy = f"larger pictures would have no positions; give --max_latent_size {stored}"
+        raise ValueError(f"{smaller}: {remedy}")
     if find_spec("wandb") is None:
         warnings.warn("no Weights & Biases log: pip install 'openbagel[track]'", stacklevel=2)
         tree["track"]["wandb_project"] = None

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from openbagel.checks import extra
 from openbagel.train.parallel import like, local_part
 
 LEAST_EPS_8BIT = 1e-8
@@ -81,7 +82,9 @@ class Optimizer:
         self.updates = torch.zeros((), dtype=torch.int64)
         """Steps taken, as a tensor of the checkpoint."""
         make = _adamw_8bit if settings.eight_bit else _adamw
-        self.adamw: Any = make(list(self.parts.values()), settings)
+        betas = (settings.beta1, settings.beta2)
+        options = {"betas": betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+        self.adamw: Any = make(list(self.parts.values()), options)
 
     def step(self, lr: float) -> None:
         """One update from the parameters' gradients, which stay; parameters without one rest."""
@@ -117,23 +120,19 @@ class Optimizer:
         return state
 
 
-def _adamw(parts: list[nn.Parameter], settings: AdamW) -> torch.optim.AdamW:
-    betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
-    adamw = torch.optim.AdamW(parts, betas=betas, eps=settings.eps, weight_decay=decay, fused=True)
+def _adamw(parts: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.AdamW:
+    adamw = torch.optim.AdamW(parts, **options, fused=True)
     for part in parts:
         moments = {kind: torch.zeros_like(part, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
         adamw.state[part] = {"step": torch.zeros((), device=part.device), **moments}
     return adamw
 
 
-def _adamw_8bit(parts: list[nn.Parameter], settings: AdamW) -> Any:
-    try:
-        from bitsandbytes.optim.adamw import AdamW8bit
-    except ImportError:
-        raise ValueError("8-bit optimiser states need bitsandbytes: pip install 'openbagel[quant]'") from None
+def _adamw_8bit(parts: list[nn.Parameter], options: dict[str, Any]) -> Any:
+    bitsandbytes = extra("bitsandbytes.optim.adamw", "quant", "an 8-bit optimiser")
     # a second moment that rounds to zero would divide a first moment that does not by eps
-    eps, betas = max(settings.eps, LEAST_EPS_8BIT), (settings.beta1, settings.beta2)
-    adamw = AdamW8bit(parts, betas=betas, eps=eps, weight_decay=settings.weight_decay)
+    options |= {"eps": max(options["eps"], LEAST_EPS_8BIT)}
+    adamw = bitsandbytes.AdamW8bit(parts, **options)
     for index, part in enumerate(parts):
         adamw.init_state(adamw.param_groups[0], part, 0, index)
     return adamw
@@ -168,7 +167,3 @@ class EMA:
         finally:
             for name, part in parts.items():
                 part.copy_(own[name])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The live averages, sharded as their parameters are."""
-        return dict(self.average)

@@ -32,6 +32,7 @@ from openbagel.model.bagel import BagelModel
 from openbagel.model.transformer import Block
 from openbagel.model.vit import EncoderLayer
 from openbagel.sequence import PackedSequence
+from openbagel.train.metrics import Report, say
 from openbagel.weights import MAY_BE_MISSING, TensorFiles
 
 LAYERS = (Block, EncoderLayer)
@@ -44,12 +45,15 @@ ROOM = 0.9
 class Ranks:
     """The processes of a run as torchrun started them; one process alone has no process group.
 
-    Objects and flags travel over gloo, tensors over NCCL on CUDA and gloo elsewhere.
+    Objects and flags travel over gloo, tensors over NCCL on CUDA and gloo elsewhere. Only the first reports.
     """
 
-    def __init__(self, device: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, device: str | None = None, *, timeout_s: float = TIMEOUT_S, report: Report = say
+    ) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_first = self.rank == 0
+        self.report = report if self.is_first else lambda _: None
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind == "cuda":
             kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -136,10 +140,9 @@ class Parallel:
         """Ranks that share one copy of the model; ValueError where the numbers do not fit the ranks."""
         shards = self.num_shard or max(num_ranks // self.num_replicate, 1)
         if shards * self.num_replicate != num_ranks:
-            raise ValueError(
-                f"num_shard {shards} x num_replicate {self.num_replicate} is not the number of ranks, "
-                f"{num_ranks}; leave num_shard out, or start {shards * self.num_replicate} processes"
-            )
+            product = f"num_shard {shards} x num_replicate {self.num_replicate}"
+            remedy = f"leave num_shard out, or start {shards * self.num_replicate} processes"
+            raise ValueError(f"{product} is not the number of ranks, {num_ranks}; {remedy}")
         return shards
 
 
@@ -332,13 +335,7 @@ def materialise(model: nn.Module, read: Callable[[str], Tensor], device: torch.d
 
 
 def memory_estimate(
-    model: BagelModel,
-    parallel: Parallel,
-    *,
-    num_ranks: int,
-    tokens: int,
-    labels: int = 0,
-    eight_bit: bool = False,
+    model: BagelModel, plan: Parallel, *, ranks: int, tokens: int, labels: int = 0, eight_bit: bool = False
 ) -> dict[str, int]:
     """Bytes on one rank's device, by kind; the model may be on the meta device.
 
@@ -349,14 +346,14 @@ def memory_estimate(
     a recomputed block keeps b·D, and one at a time the whole. `logits`: (2b + 8)·vocabulary per label. The
     ViT is left out.
     """
-    shards, b = parallel.shards(num_ranks), 2 if parallel.precision is Precision.BFLOAT16 else 4
+    shards, b = plan.shards(ranks), 2 if plan.precision is Precision.BFLOAT16 else 4
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     llm, blocks = model.config.llm, model.language_model.model.layers
     heads, kv = (n * llm.head_dim for n in (llm.num_attention_heads, llm.num_key_value_heads))
     width = llm.hidden_size
     block = b * (6 * width + 5 * heads + 4 * kv + 4 * llm.intermediate_size)
     block += 4 * (2 * width + heads + kv) * (b < 4)
-    again = round(len(blocks) * (parallel.recompute or 0.0))
+    again = round(len(blocks) * (plan.recompute or 0.0))
     units = [*blocks, model.language_model.lm_head]
     largest = max(sum(p.numel() for p in unit.parameters()) for unit in units)
     return {

@@ -1,28 +1,29 @@
 """A recipe: everything that decides a training run, as one tree of dataclasses read from YAML.
 
-The resolved tree is written into the run's folder, and is itself a recipe that repeats the run.
+The resolved tree is written into the run's folder, and is itself a recipe that repeats the run. The stages of
+the paper are presets: its Table 3 and §2.3 (condition dropout) in the recipe's words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from openbagel.config import from_json
-from openbagel.data.packing import Packing
-from openbagel.data.tasks import Dropout
+from openbagel.checks import check_choice
+from openbagel.config import from_json, read_yaml, to_json
+from openbagel.data.loader import Reading
+from openbagel.data.tasks import PAPER, SCRIPT, Dropout
 from openbagel.lora import Adapter
 from openbagel.pretrained import Parts
-from openbagel.train import presets
-from openbagel.train.autoencoder import AutoencoderTraining
+from openbagel.train.encoders import AutoencoderTraining, VisionTraining
 from openbagel.train.guards import Guard
 from openbagel.train.metrics import Track
+from openbagel.train.optim import AdamW
 from openbagel.train.parallel import Parallel
 from openbagel.train.previews import Preview
 from openbagel.train.trainer import Training
-from openbagel.train.vision import VisionTraining
 from openbagel.world.samples import Mixture
 
 
@@ -57,7 +58,7 @@ class Resolution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
+class Data(Reading):
     """What is seen. mixture is an official YAML, plain data, or the content of such a file; world adds tasks
     of the toy world.
     """
@@ -65,16 +66,10 @@ class Data:
     mixture: str | dict[str, Any] | None = None
     dataset_info: str | dict[str, Any] | None = None
     world: Mixture | None = None
-    dropout: Dropout = Dropout(0.1, 0.3, 0.3)
+    dropout: Dropout = SCRIPT
     resolution: Resolution = Resolution()
     ratios: dict[str, float] | None = None
     """Of kinds of data: text, t2i, i2t, interleaved_und, video, web; data sets of one kind share its own."""
-    packing: Packing = Packing()
-    workers: int = 0
-    prefetch_factor: int = 2
-    timeout: float = 0.0
-    max_bad: float = 0.01
-    seed: int = 42
     latent_cache: str | None = None
     """A folder in which latents of pictures are kept, for repeated epochs."""
 
@@ -109,26 +104,87 @@ class Recipe:
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A YAML or JSON file with `section.key=value` overrides; ValueError names unknown keys."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the recipe {path} ({error})") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"the recipe {path} is no mapping; begin with `folder: runs/name`")
+    tree = read_yaml(path, "the recipe", "begin with `folder: runs/name`")
     places: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r} is no override; write key=value, for example train.steps=200")
         places[key] = yaml.safe_load(value)
-    return recipe_from(presets.merged(tree, presets.nested(places)), str(path))
+    return recipe_from(merged(tree, nested(places)), str(path))
 
 
 def recipe_from(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     """A tree with its stage's values laid under it."""
     if tree.get("stage") is not None:
-        tree = presets.stage(tree["stage"], tree)
+        tree = merged(stage(tree["stage"]), tree)
     recipe = from_json(Recipe, tree, where)
     if recipe.quantise_base and recipe.lora is None:
         raise ValueError(f"{where}: quantise_base freezes the base in 4 bits; add lora to train adapters")
     return recipe
+
+
+# the stages of the paper ------------------------------------------------------------------------------------
+
+
+STAGES = ("alignment", "pretraining", "continued", "finetuning")
+"""As they follow one another. In the first the connector alone learns, from captions of 378x378 pictures; the
+decoder has no q and k norms yet.
+"""
+K = 1024
+TABLE: dict[str, tuple[Any, ...]] = {
+    **{f"train.{name}": (value,) * 4 for name, value in to_json(AdamW()).items()},
+    **{f"data.dropout.{name}": (value,) * 4 for name, value in to_json(PAPER).items()},
+    "train.max_grad_norm": (1.0,) * 4,
+    "train.mse_weight": (1.0,) * 4,
+    "train.steps": (5_000, 200_000, 100_000, 15_000),
+    "train.schedule.kind": ("cosine", "constant", "constant", "constant"),
+    "train.schedule.lr": (1e-3, 1e-4, 1e-4, 2.5e-5),
+    "train.schedule.warmup": (250, 2500, 2500, 500),
+    "train.ce_weight": (1.0, 0.25, 0.25, 0.25),
+    "train.ema": (None, 0.9999, 0.9999, 0.995),
+    "train.timestep_shift": (1.0, 1.0, 4.0, 4.0),
+    "train.visual_gen": (False, True, True, True),
+    "train.visual_und": (True,) * 4,
+    "train.freeze.llm": (True, False, False, False),
+    "train.freeze.vit": (True, False, False, False),
+    "data.packing.expected_num_tokens": (32 * K, 32 * K, 40 * K, 40 * K),
+    "data.packing.max_num_tokens": (36 * K, 36 * K, 45 * K, 45 * K),
+    "data.packing.max_num_tokens_per_sample": (16 * K, 16 * K, 40 * K, 40 * K),
+    "data.resolution.gen": (None, (256, 512), (512, 1024), (512, 1024)),
+    "data.resolution.und": ((378, 378), (224, 980), (378, 980), (378, 980)),
+    "data.ratios.text": (0.0, 0.05, 0.05, 0.05),
+    "data.ratios.t2i": (0.0, 0.60, 0.40, 0.30),
+    "data.ratios.i2t": (1.0, 0.10, 0.10, 0.05),
+    "data.ratios.interleaved_und": (0.0, 0.10, 0.15, 0.20),
+    "data.ratios.video": (0.0, 0.10, 0.15, 0.20),
+    "data.ratios.web": (0.0, 0.05, 0.15, 0.20),
+}
+"""A place in the recipe, and its value in each stage. With captions alone the loss weights and the shift have
+nothing to weigh: they are neutral in the first column. K is 1024 tokens, as in the official script's
+defaults; None stands where the table has a dash.
+"""
+
+
+def stage(name: str) -> dict[str, Any]:
+    """A stage's part of the recipe's tree; ValueError names the nearest stage."""
+    check_choice("stage", name, STAGES)
+    return nested({place: row[STAGES.index(name)] for place, row in TABLE.items()})
+
+
+def nested(places: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} to {"a": {"b": 1}}; tuples become lists, as in JSON."""
+    tree: dict[str, Any] = {}
+    for place, value in places.items():
+        *branches, leaf = place.split(".")
+        branch = tree
+        for key in branches:
+            branch = branch.setdefault(key, {})
+        branch[leaf] = list(value) if isinstance(value, tuple) else value
+    return tree
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A new tree: branches are joined, leaves of changes win."""
+    shared = [key for key in base if isinstance(base[key], Mapping) and isinstance(changes.get(key), Mapping)]
+    return {**base, **changes, **{key: merged(base[key], changes[key]) for key in shared}}

@@ -11,8 +11,8 @@ import math
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from openbagel.attention import Execution
-from openbagel.data.loader import Batch, Cursor, Loader, merge_cursors
+from openbagel.checks import check_least
+from openbagel.data.loader import Cursor, Loader, merge_cursors
 from openbagel.lora import seed_dropout
 from openbagel.model.bagel import BagelModel
 from openbagel.sequence import PackedSequence, Packer
 from openbagel.train.checkpoint import Checkpoints, training_tensors
 from openbagel.train.guards import Guard, Start, StopSignal, Watch, check_first
 from openbagel.train.latents import LatentEncoder
-from openbagel.train.metrics import Metrics, StepRecord, Track, peak_flops, say, train_flops
+from openbagel.train.metrics import Metrics, StepRecord, Track, peak_flops, train_flops
 from openbagel.train.optim import EMA, AdamW, Optimizer, Schedule
 from openbagel.train.parallel import Ranks, clip_gradients, hold_all_reduce
 from openbagel.train.previews import Previews
+
+SUMMED = ("tokens", "room", "samples", "flops")
+"""What is counted in each batch, beside what its losses are averaged over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,17 +49,11 @@ class Freeze:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class Training(AdamW):
     """How long and how fast; defaults are the official script's where it has one."""
 
     steps: int = 500_000
     schedule: Schedule = Schedule()
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-15
-    weight_decay: float = 0.0
-    eight_bit: bool = False
-    """Optimiser states in a quarter of the memory, approximately."""
     max_grad_norm: float = 1.0
     accumulation: int = 1
     """Packs of each rank in one step."""
@@ -82,10 +80,7 @@ class Training:
     """The run saves and ends after the step that exceeds this; run again to go on."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 0, "accumulation": 1, "save_every": 1, "keep": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"train.{name} {getattr(self, name)} must be at least {bound}")
+        check_least(self, steps=0, accumulation=1, save_every=1, keep=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,27 +93,25 @@ class Place:
     guard: Guard = field(default_factory=Guard)
     track: Track = field(default_factory=Track)
     start: Start = Start.NOTHING
-    report: Callable[[str], None] = say
 
 
 class Loop(ABC):
     """Owns everything that changes during a run; its checkpoints hold all of it."""
 
+    weights: dict[str, float]
+    """Of each loss in the sum that is learned from."""
+
     def __init__(self, model: nn.Module, training: Training, place: Place) -> None:
         self.model, self.training, self.place = model, training, place
         self.schedule = replace(training.schedule, total=training.steps)
         self.step = 0
-        names = ("beta1", "beta2", "eps", "weight_decay", "eight_bit")
-        self.optimizer = Optimizer(model, AdamW(**{name: getattr(training, name) for name in names}))
+        self.optimizer = Optimizer(model, training)
         self.ema = EMA(model, training.ema, warmup=training.ema_warmup) if training.ema is not None else None
         self.watch = Watch(place.guard)
         self.ranks = place.ranks
         self.previews: Previews | None = None
-
-    @property
-    @abstractmethod
-    def weights(self) -> dict[str, float]:
-        """Of each loss in the sum that is learned from."""
+        self.tally: dict[str, float] = {}
+        """Counts of this rank since the start, logged as their sum over all."""
 
     @abstractmethod
     def batches(self) -> list[Any]:
@@ -140,46 +133,28 @@ class Loop(ABC):
         """Continues the data there."""
         assert cursor is None
 
-    def more(self) -> dict[str, float]:
-        """Counts of this rank to log, summed over all."""
-        return {}
-
     def train_step(self) -> StepRecord:
-        """One update, or none where its verdict is bad."""
+        """One update, or none where it has a fault."""
         began = time.monotonic()
         batches = self.batches()
         counted = [self.counts(batch) for batch in batches]
-        names = list(counted[0])
-        more = self.more()
-        local = [*(sum(c[name] for c in counted) for name in names), *more.values()]
-        totals = self.ranks.all_sum(torch.tensor(local, dtype=torch.float64, device=self.ranks.device))
-        count = dict(zip((*names, *more), totals.tolist(), strict=True))
+        local = {name: sum(one[name] for one in counted) for name in counted[0]} | self.tally
+        numbers = torch.tensor(list(local.values()), dtype=torch.float64, device=self.ranks.device)
+        count = dict(zip(local, self.ranks.all_sum(numbers).tolist(), strict=True))
         losses = self._backward(batches, count)
         norm = clip_gradients(list(self.optimizer.parameters.values()), self.training.max_grad_norm).item()
-        if self.step == 0 and self.place.guard.check_first_losses:
-            self.check_first(losses)
-        verdict = self.watch.judge(losses, norm, step=self.step)
-        lr = self.schedule.at(self.step)
-        if verdict.good:
+        fault, lr = self.watch.fault(losses, norm, step=self.step), self.schedule.at(self.step)
+        if fault:
+            self.ranks.report(f"step {self.step} is left out: {fault}")
+        else:
             self.optimizer.step(lr)
             if self.ema is not None:
                 self.ema.update(self.model, int(self.optimizer.updates))
-        elif self.ranks.is_first:
-            self.place.report(f"step {self.step} is left out: {verdict.reason}")
         self.optimizer.clear()
         self.step += 1
-        return StepRecord(
-            step=self.step - 1,
-            losses=losses,
-            lr=lr,
-            grad_norm=norm,
-            tokens=int(count["tokens"]),
-            room=int(count["room"]),
-            samples=int(count["samples"]),
-            flops=count["flops"],
-            seconds=time.monotonic() - began,
-            more={"bad_steps": self.watch.bad_steps, **{name: count[name] for name in more}},
-        )
+        sums = {"seconds": time.monotonic() - began, **{name: int(count[name]) for name in SUMMED}}
+        told = {"bad_steps": self.watch.bad_steps, **{name: count[name] for name in self.tally}}
+        return StepRecord(step=self.step - 1, losses=losses, lr=lr, grad_norm=norm, sums=sums, more=told)
 
     def _backward(self, batches: Sequence[Any], count: dict[str, float]) -> dict[str, float]:
         """Gradients of the global loss; the mean of each loss over all ranks, those that have any."""
@@ -193,12 +168,8 @@ class Loop(ABC):
             if loss.requires_grad:
                 loss.backward()
             sums += torch.stack([parts[name].detach() for name in seen])
-        means = (self.ranks.all_sum(sums) / torch.tensor(list(seen.values())).to(sums)).tolist()
-        return {name: mean for name, mean in zip(seen, means, strict=True) if seen[name]}
-
-    def check_first(self, losses: dict[str, float]) -> None:
-        """Compares the very first losses with what they should be."""
-        assert losses
+        totals = dict(zip(seen, self.ranks.all_sum(sums).tolist(), strict=True))
+        return {name: totals[name] / seen[name] for name in seen if seen[name]}
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model holds its averaged weights inside, if there are any."""
@@ -211,11 +182,13 @@ class Loop(ABC):
         """
         checkpoints = Checkpoints(self.place.checkpoints, self.ranks, keep=self.training.keep)
         state = self._resume(checkpoints)
-        with StopSignal() as signals, _log(self, state) as metrics:
+        with StopSignal() as signals, self._log(state) as metrics:
             minutes = self.training.max_minutes
             deadline = math.inf if minutes is None else time.monotonic() + minutes * 60
-            saved = None if state is None else self.step
-            while self.step < self.training.steps:
+            stop = self.step >= self.training.steps
+            if stop and state is None:
+                self._save(checkpoints, metrics)
+            while not stop:
                 record = self.train_step()
                 if metrics is not None:
                     metrics.step(record)
@@ -223,14 +196,10 @@ class Loop(ABC):
                 if self.previews is not None and self.previews.due(self.step):
                     with self.averaged():
                         self.previews.draw(self.step)
-                stop = self.ranks.any(signals.received is not None or time.monotonic() > deadline)
+                asked = self.ranks.any(signals.received is not None or time.monotonic() > deadline)
+                stop = asked or self.step >= self.training.steps
                 if stop or self.step % self.training.save_every == 0:
-                    checkpoints.save(self.step, self._tensors(), self._facts(metrics))
-                    saved = self.step
-                if stop:
-                    break
-            if saved != self.step:
-                checkpoints.save(self.step, self._tensors(), self._facts(metrics))
+                    self._save(checkpoints, metrics)
             checkpoints.close()
 
     def _resume(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
@@ -238,52 +207,39 @@ class Loop(ABC):
         if path is None:
             return None
         if not self.training.auto_resume:
-            raise ValueError(
-                f"{path} is of an earlier run; set train.auto_resume=true to go on, or choose another folder"
-            )
+            remedy = "set train.auto_resume=true to go on, or choose another folder"
+            raise ValueError(f"{path} is of an earlier run; {remedy}")
         state = checkpoints.load(self._tensors(), path)
-        assert state is not None
         self.step = state["step"]
-        self.place.report(f"going on from {path}")
+        self.ranks.report(f"going on from {path}")
         self.watch.load_state_dict(state["watch"])
         self.go_to(state["cursor"])
         return state
 
     def _tensors(self) -> dict[str, Tensor]:
-        return training_tensors(self.model, self.ema, self.optimizer, frozen=False)
+        return training_tensors(self.model, self.ema, self.optimizer)
 
-    def _facts(self, metrics: Metrics | None) -> dict[str, Any]:
-        log = metrics.state_dict() if metrics is not None else None
-        return {"cursor": self.cursor(), "watch": self.watch.state_dict(), "metrics": log}
+    def _save(self, checkpoints: Checkpoints, metrics: Metrics | None) -> None:
+        log = metrics and metrics.state_dict()
+        facts = {"cursor": self.cursor(), "watch": self.watch.state_dict(), "metrics": log}
+        checkpoints.save(self.step, self._tensors(), facts)
 
-
-@contextmanager
-def _log(loop: Loop, state: dict[str, Any] | None) -> Iterator[Metrics | None]:
-    """The run's log on the first rank, None on others."""
-    place, ranks = loop.place, loop.ranks
-    if not ranks.is_first:
-        yield None
-        return
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-    peak = peak_flops(name, place.track.peak_device_tflops)
-    with Metrics(
-        place.folder,
-        track=place.track,
-        total_steps=loop.training.steps,
-        start=loop.step,
-        peak=peak and peak * ranks.size,
-    ) as metrics:
-        if state is not None and state["metrics"] is not None:
+    def _log(self, state: dict[str, Any] | None) -> AbstractContextManager[Metrics | None]:
+        """The run's log on the first rank, None on others."""
+        place, device = self.place, self.ranks.device
+        if not self.ranks.is_first:
+            return nullcontext()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = (peak_flops(name, place.track.peak_device_tflops) or 0) * self.ranks.size
+        steps = self.training.steps
+        metrics = Metrics(place.folder, track=place.track, total_steps=steps, start=self.step, peak=peak)
+        if state is not None:
             metrics.load_state_dict(state["metrics"])
-        yield metrics
+        return metrics
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Numbered:
-    """A pack and its number in the run."""
-
-    number: int
-    pack: PackedSequence
+Numbered = tuple[int, PackedSequence]
+"""A pack after its number in the run."""
 
 
 class Trainer(Loop):
@@ -303,69 +259,53 @@ class Trainer(Loop):
     ) -> None:
         super().__init__(model, training, place)
         self.loader, self.encoder, self.packer = loader, encoder, packer
-        self.stream: Iterator[tuple[Batch, Cursor]] | None = None
+        self.stream = iter(loader)
+        self.weights = {"ce": training.ce_weight, "mse": training.mse_weight}
+        learned = [name for name in self.optimizer.parameters if ".lora." not in name]
         parts = {"llm": "language_model.", "vit": "vit_model."}
-        self.frozen = {part for part, prefix in parts.items() if not self._learns(prefix)}
+        self.frozen = {part for part in parts if not any(name.startswith(parts[part]) for name in learned)}
         self.after: Cursor = loader.state_dict()
         """The cursor after the last batch taken."""
-        self.skipped = 0
-
-    def _learns(self, prefix: str) -> bool:
-        """Whether any weight of a part is trained; its adapters do not count."""
-        return any(name.startswith(prefix) and ".lora." not in name for name in self.optimizer.parameters)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"ce": self.training.ce_weight, "mse": self.training.mse_weight}
+        self.tally = {"skipped_samples": 0}
 
     def batches(self) -> list[Numbered]:
         return [self._next() for _ in range(self.training.accumulation)]
 
     def _next(self) -> Numbered:
-        if self.stream is None:
-            self.stream = iter(self.loader)
         batch, self.after = next(self.stream)
-        self.skipped += len(batch.skipped)
+        self.tally["skipped_samples"] += len(batch.skipped)
         pack = self.packer.pack(self.encoder.segments(batch.samples))
-        return Numbered(batch.number, pack.to(self.ranks.device))
+        return batch.number, pack.to(self.ranks.device)
 
     def counts(self, batch: Numbered) -> dict[str, float]:
-        pack = batch.pack
+        _, pack = batch
         labels = pack.label_weights.sum().item() if self.training.ce_reweighting else len(pack.labels)
-        return {
-            "ce": labels,
-            "mse": pack.targets.numel(),
-            "tokens": len(pack),
-            "room": self.loader.packing.max_num_tokens,
-            "samples": len(pack.spans),
-            "flops": train_flops(self.model.config, pack, self.frozen),
-        }
+        room = self.loader.reading.packing.max_num_tokens
+        flops = train_flops(self.model.config, pack, self.frozen)
+        seen = {"tokens": len(pack), "room": room, "samples": len(pack.spans), "flops": flops}
+        return {"ce": labels, "mse": pack.targets.numel(), **seen}
 
     def train_step(self) -> StepRecord:
         record = super().train_step()
         seed_dropout(self.model, None)
+        if record.step == 0 and self.place.guard.check_first_losses and self.ranks.is_first:
+            check_first(record.losses, self.model.config, self.place.start)
         return record
 
     def sums(self, batch: Numbered) -> dict[str, Tensor]:
-        options = {"execution": self.training.execution, "freeze_und": self.training.freeze.und}
-        seed_dropout(self.model, random.Random(f"{self.training.seed}/{batch.number}").getrandbits(62))
-        ce, mse = self.model.losses(batch.pack, **options)
-        if self.training.ce_reweighting and len(batch.pack.labels):
-            ce = ce * batch.pack.label_weights
+        (number, pack), training = batch, self.training
+        seed_dropout(self.model, random.Random(f"{training.seed}/{number}").getrandbits(62))
+        ce, mse = self.model.losses(pack, execution=training.execution, freeze_und=training.freeze.und)
+        if training.ce_reweighting and len(pack.labels):
+            ce = ce * pack.label_weights
         return {"ce": ce.sum(), "mse": mse.sum()}
 
-    def check_first(self, losses: dict[str, float]) -> None:
-        if self.ranks.is_first:
-            check_first(losses, self.model.config, self.place.start)
-
     def cursor(self) -> Cursor:
-        cursors, skipped = zip(*self.ranks.gather_objects((self.after, self.skipped)), strict=True)
+        mine = self.after, self.tally["skipped_samples"]
+        cursors, skipped = zip(*self.ranks.gather_objects(mine), strict=True)
         return {**merge_cursors(cursors), "skipped": sum(skipped)}
 
     def go_to(self, cursor: Cursor) -> None:
         self.loader.load_state_dict(cursor)
-        self.skipped = cursor["skipped"] if self.ranks.is_first else 0
-        self.after, self.stream = self.loader.state_dict(), None
-
-    def more(self) -> dict[str, float]:
-        return {"skipped_samples": self.skipped}
+        self.tally["skipped_samples"] = cursor["skipped"] if self.ranks.is_first else 0
+        self.after, self.stream = self.loader.state_dict(), iter(self.loader)

@@ -1,148 +1,119 @@
 """Questions about pictures, each with the one true answer."""
 
-import random
 from dataclasses import replace
 
-from openbagel.world.choice import (
-    different_looks,
-    misses,
-    other_axis,
-    place,
-    rivals,
-    roomy,
-    sample_looks,
-    shuffled,
-    some_others,
-)
+from openbagel.world.choice import Choice, again, require
 from openbagel.world.edit import ask_change
-from openbagel.world.exercise import Example, Said, Shown, Task, Thinks, Writes
-from openbagel.world.language import NUMBERS, Phrase, Relation, caption, layout
-from openbagel.world.scene import Scene, World
+from openbagel.world.exercise import Said, Shown, Steps, Thinks, Writes, kinds
+from openbagel.world.language import NUMBERS, Phrase, caption, layout
+from openbagel.world.scene import Relation, Scene
 
 
-def asking(kind: str, question: str, answer: str, scene: Scene) -> Example:
+def asking(question: str, answer: str, scene: Scene) -> Steps:
     """The thought is what the picture shows."""
-    return Example(kind, (Shown(scene), Said(question), Thinks(layout(scene)), Writes(str(answer))))
+    return Shown(scene), Said(question), Thinks(layout(scene)), Writes(str(answer))
 
 
-def ask_count(world: World, rng: random.Random, held_out: bool) -> Example:
+def ask_count(choose: Choice) -> Steps:
     """Ask "how many red objects are there?", with answers from zero on."""
-    by_count = other_axis(rng, held_out, world.held_out_counts)
-    look = world.sample_look(rng, held_out=held_out and not by_count)
-    pair = Phrase.of(look, with_size=False)
-    asked = [Phrase(look.shape), Phrase(colour=look.colour), pair]
-    phrase = pair if by_count else rng.choice(asked if held_out else [Phrase(), *asked])
-    free = phrase != Phrase() and not held_out
-    count = rng.randint(0 if free else 1, world.max_things)
-    if by_count:
-        (count,) = world.counts((look.shape, look.colour), held_out=True)
-    matching = [look, *sample_looks(world, rng, world.max_things, phrase.matches, also=look)][:count]
-    room = 0 if phrase == Phrase() else world.max_things - count
-    others = sample_looks(
-        world, rng, rng.randint(int(count == 0), room), lambda other: not phrase.matches(other)
-    )
+    pairs, counts = choose.axes(choose.world.held_out_counts)
+    look, most = pairs.look(), choose.world.max_things
+    asked = [Phrase(look.shape), Phrase(colour=look.colour), Phrase(*look.pair)]
+    phrase = asked[-1]
+    if not counts.held_out:
+        phrase = choose.pick(asked if choose.held_out else [Phrase(), *asked])
+    count = choose.rng.randint(int(choose.held_out or phrase == Phrase()), most)
+    if counts.held_out:
+        (count,) = choose.world.counts(look.pair, held_out=True)
+    matching = [look, *choose.looks(most, phrase.matches, also=look)][:count]
+    room = 0 if phrase == Phrase() else most - count
+    others = choose.looks(choose.rng.randint(int(count == 0), room), phrase.misses)
     question = f"how many {phrase.noun(plural=True)} are there?"
-    return asking("ask_count", question, NUMBERS[count], shuffled(world, rng, [*matching, *others]))
+    return asking(question, NUMBERS[count], choose.shuffled([*matching, *others]))
 
 
-def ask_colour(world: World, rng: random.Random, held_out: bool) -> Example:
+def ask_colour(choose: Choice) -> Steps:
     """Ask "what colour is the square?" of a picture with one square."""
-    look = world.sample_look(rng, held_out=held_out)
-    others = some_others(world, rng, lambda other: other.shape != look.shape)
+    look = choose.look()
+    others = choose.others(lambda other: other.shape != look.shape)
     question = f"what colour is {Phrase(look.shape).definite()}?"
-    return asking("ask_colour", question, look.colour, shuffled(world, rng, [look, *others]))
+    return asking(question, look.colour, choose.shuffled([look, *others]))
 
 
-def ask_shape(world: World, rng: random.Random, held_out: bool) -> Example:
+def ask_shape(choose: Choice) -> Steps:
     """Ask "what shape is the red object?" of a picture with one red object."""
-    look = world.sample_look(rng, held_out=held_out)
-    others = some_others(world, rng, lambda other: other.colour != look.colour)
+    look = choose.look()
+    others = choose.others(lambda other: other.colour != look.colour)
     question = f"what shape is {Phrase(colour=look.colour).definite()}?"
-    return asking("ask_shape", question, look.shape, shuffled(world, rng, [look, *others]))
+    return asking(question, look.shape, choose.shuffled([look, *others]))
 
 
-def ask_exists(world: World, rng: random.Random, held_out: bool) -> Example:
+def ask_exists(choose: Choice) -> Steps:
     """Ask "is there a red circle?"; where there is none, there is something that differs in one attribute."""
-    look = world.sample_look(rng, held_out=held_out)
-    full, pair = Phrase.of(look), Phrase.of(look, with_size=False)
+    look = choose.look()
+    asked = [Phrase.of(look), Phrase(*look.pair)]
     loose = [Phrase(look.shape), Phrase(colour=look.colour)]
-    phrase = rng.choice([full, pair] if held_out else [full, pair, *loose])
-    there = rng.random() < 1 / 2
-    count = rng.randint(1, roomy(world) if phrase.size else world.max_things)
-    others = sample_looks(world, rng, count, lambda other: not phrase.matches(other))
-    near = sample_looks(world, rng, 1, lambda other: misses(phrase, other) == 1)
-    shown = (
-        [look, *near, *others] if there and rng.random() < 1 / 2 else [*([look] if there else near), *others]
-    )
-    question = f"is there {phrase.indefinite()}?"
-    return asking("ask_exists", question, "yes" if there else "no", shuffled(world, rng, shown[:count]))
+    phrase = choose.pick(asked if choose.held_out else asked + loose)
+    there = choose.chance(1 / 2)
+    count = choose.rng.randint(1, choose.roomy if phrase.size else choose.world.max_things)
+    others = choose.looks(count, phrase.misses)
+    near = choose.looks(1, lambda other: phrase.misses(other) == 1)
+    if there:
+        near = [look, *near] if choose.chance(1 / 2) else [look]
+    scene = choose.shuffled([*near, *others][:count])
+    return asking(f"is there {phrase.indefinite()}?", "yes" if there else "no", scene)
 
 
-def ask_relation(world: World, rng: random.Random, held_out: bool) -> Example:
+def ask_relation(choose: Choice) -> Steps:
     """Ask "is the red circle left of the blue square?", where it clearly is, or clearly is the opposite."""
-    by_relation = other_axis(rng, held_out, world.held_out_relations)
-    by_pair = held_out and not by_relation
-    while True:
-        looks = different_looks(world, rng, rng.randint(2, world.max_things), held_out=by_pair)
-        scene = place(world, rng, looks)
-        first, second = rng.sample(scene.things, 2)
-        if by_pair and not {first.pair, second.pair} & world.held_out:
-            first = next(thing for thing in scene.things if thing.pair in world.held_out)
-        if not (relations := [r for r in Relation if r.holds(first, second)]):
-            continue
-        relation = rng.choice(relations)
-        true = rng.random() < 1 / 2
-        said = relation if true else relation.opposite
-        if said in world.relations(first.pair, second.pair, held_out=by_relation):
-            break
-    a, b = (Phrase.of(thing, with_size=False).definite() for thing in (first, second))
-    return asking("ask_relation", f"is {a} {said} {b}?", "yes" if true else "no", scene)
+    return _ask_relation(*choose.axes(choose.world.held_out_relations))
 
 
-def ask_caption(world: World, rng: random.Random, held_out: bool) -> Example:
+@again
+def _ask_relation(pairs: Choice, relations: Choice) -> Steps:
+    world, rng = pairs.world, pairs.rng
+    scene = pairs.place(pairs.different_looks(rng.randint(2, world.max_things)))
+    first, second = rng.sample(scene.things, 2)
+    if pairs.held_out and not {first.pair, second.pair} & world.held_out:
+        first = next(thing for thing in scene.things if thing.pair in world.held_out)
+    relation = pairs.pick([relation for relation in Relation if relation.holds(first, second)])
+    true = pairs.chance(1 / 2)
+    said = relation if true else relation.opposite
+    require(said in world.relations(first.pair, second.pair, held_out=relations.held_out))
+    a, b = (Phrase(*thing.pair).definite() for thing in (first, second))
+    return asking(f"is {a} {said} {b}?", "yes" if true else "no", scene)
+
+
+def ask_caption(choose: Choice) -> Steps:
     """Ask "describe the picture."; the answer is the canonical caption."""
-    scene = world.sample_scene(rng, rng.randint(1, world.max_things), held_out=held_out)
-    return asking("ask_caption", "describe the picture.", caption(scene), scene)
+    count = choose.rng.randint(1, choose.world.max_things)
+    scene = choose.world.sample_scene(choose.rng, count, held_out=choose.held_out)
+    return asking("describe the picture.", caption(scene), scene)
 
 
-def ask_compare(world: World, rng: random.Random, held_out: bool) -> Example:
+def ask_compare(choose: Choice) -> Steps:
     """Ask "which is larger, the red circle or the blue square?", "are there more circles than squares?"."""
-    return (_which_is_larger if rng.random() < 1 / 2 else _are_there_more)(world, rng, held_out)
+    return (_which_is_larger if choose.chance(1 / 2) else _are_there_more)(choose)
 
 
-def _which_is_larger(world: World, rng: random.Random, held_out: bool) -> Example:
-    looks = different_looks(world, rng, rng.randint(2, roomy(world)), held_out=held_out)
-    looks.sort(key=lambda look: (look.shape, look.colour) not in world.held_out)
-    sizes = rng.sample(world.sizes, 2)
-    a, b = (replace(look, size=size) for look, size in zip(looks, sizes, strict=False))
-    word = rng.choice(("larger", "smaller"))
-    first = world.sizes.index(a.size) > world.sizes.index(b.size)
-    right, wrong = (a, b) if first == (word == "larger") else (b, a)
-    names = {look: Phrase.of(look, with_size=False).definite() for look in rng.sample((right, wrong), 2)}
+def _which_is_larger(choose: Choice) -> Steps:
+    world, rng = choose.world, choose.rng
+    looks = choose.different_looks(rng.randint(2, choose.roomy))
+    looks.sort(key=lambda look: look.pair not in world.held_out)
+    a, b = (replace(look, size=size) for look, size in zip(looks, rng.sample(world.sizes, 2), strict=False))
+    word = choose.pick(("larger", "smaller"))
+    ordered = sorted((a, b), key=lambda look: world.sizes.index(look.size), reverse=word == "larger")
+    names = {look: Phrase(*look.pair).definite() for look in rng.sample(ordered, 2)}
     question = f"which is {word}, {' or '.join(names.values())}?"
-    return asking("ask_compare", question, names[right], shuffled(world, rng, [a, b, *looks[2:]]))
+    return asking(question, names[ordered[0]], choose.shuffled([a, b, *looks[2:]]))
 
 
-def _are_there_more(world: World, rng: random.Random, held_out: bool) -> Example:
-    more, turned = rng.random() < 1 / 2, rng.random() < 1 / 2
-    two = rivals(
-        world, rng, held_out, most=world.max_things, wanted=lambda m, n: (n > m if turned else m > n) == more
-    )
-    first, second = (two.b, two.a) if turned else (two.a, two.b)
+def _are_there_more(choose: Choice) -> Steps:
+    more, turned = choose.chance(1 / 2), choose.chance(1 / 2)
+    a, b, looks = choose.rivals(choose.world.max_things, lambda m, n: (n > m if turned else m > n) == more)
+    first, second = (b, a) if turned else (a, b)
     question = f"are there more {first.noun(plural=True)} than {second.noun(plural=True)}?"
-    return asking("ask_compare", question, "yes" if more else "no", shuffled(world, rng, two.looks))
+    return asking(question, "yes" if more else "no", choose.shuffled(looks))
 
 
-ASK: dict[str, Task] = {
-    task.__name__: task
-    for task in (
-        ask_count,
-        ask_colour,
-        ask_shape,
-        ask_exists,
-        ask_relation,
-        ask_caption,
-        ask_compare,
-        ask_change,
-    )
-}
+ASK = kinds(ask_count, ask_colour, ask_shape, ask_exists, ask_relation, ask_caption, ask_compare, ask_change)

@@ -5,18 +5,15 @@ text/  interleaved/  web/  video/  reasoning/                                   
 example.yaml                                                                       the mixture of all
 """
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from openbagel.data.convert import check_vacant, write_folder, write_jsonl, write_parquet, write_parquet_info
 from openbagel.data.tasks import Row
-from openbagel.world.exercise import Draws, Example, Said, Shown, Writes
+from openbagel.world.exercise import Draws, Example, Said, Shown, Writes, views
 from openbagel.world.language import caption, layout
 from openbagel.world.render import render_picture
-from openbagel.world.rows import page, row, stored
+from openbagel.world.rows import page, png, row, stored
 from openbagel.world.scene import Colour, Ground, Scene, Shape, Size, Thing, World, nano_world
 from openbagel.world.tasks import TASKS, example
 
@@ -46,14 +43,14 @@ def write_example(folder: str | Path, *, rows: int = 48, seed: int = 0) -> Path:
         "reasoning": lambda index: teller.row(index, "think_draw", "think_edit", "draw_", thinks=True),
     }
     for name, kind in kinds.items():
-        made = (stored(kind(index), _encoded) for index in range(rows))
+        made = (stored(kind(index)) for index in range(rows))
         write_parquet(folder / name, made, file_rows=-(-rows // 2), group_rows=8)
     edits = folder / "editing"
     write_parquet_info(edits / "parquet_info" / "seedxedit_multi.json", edits / "seedxedit_multi")
     talks = (teller.row(index, "ask_", "think_ask", thinks=index % 2 == 1) for index in range(rows))
-    write_jsonl(folder / "vlm", (stored(talk, _encoded) for talk in talks), "llava_ov_si.jsonl")
+    write_jsonl(folder / "vlm", (stored(talk) for talk in talks), "llava_ov_si.jsonl")
     write_jsonl(folder / "text", (teller.row(index, "tell_text") for index in range(rows)), "text.jsonl")
-    zorp = _encoded(render_picture(ZORP, teller.world.side))
+    zorp = png(render_picture(ZORP, teller.world.side))
     write_folder(folder / "concept", [{"image": zorp, "caption": "a zorp"}])
     for asset in (MIXTURE, *RECIPES):
         (folder / asset.name).write_text(asset.read_text("utf-8").replace("DATA", str(folder)), "utf-8")
@@ -110,11 +107,5 @@ class _Teller:
 
 
 def _drawn(made: Example) -> list[Scene]:
-    views = [step.view for step in made.steps if isinstance(step, Draws)]
-    return [view for view in views if isinstance(view, Scene)]
-
-
-def _encoded(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
+    drawn = views([step for step in made.steps if isinstance(step, Draws)])
+    return [view for view in drawn if isinstance(view, Scene)]

@@ -1,62 +1,13 @@
 """Edits of pictures: what to change is said, everything else has to stay."""
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from openbagel.world.choice import place, roomy, some_others, unlike
-from openbagel.world.exercise import Draws, Example, Said, Shown, Spec, Step, Task, Thinks, Writes
+from openbagel.world.choice import Choice, again, require
+from openbagel.world.exercise import Draws, Said, Shown, Spec, Step, Steps, Task, Thinks, Writes, kinds
 from openbagel.world.language import Phrase, layout, near_place, place_name
-from openbagel.world.scene import Ground, Look, Pair, Scene, Thing, World
-
-
-def editing(kind: str, scene: Scene, prompt: str, target: Scene, spec: Spec) -> Example:
-    """The thought is the plan of the changed picture."""
-    return Example(kind, (Shown(scene), Said(prompt), Thinks(layout(target)), Draws(target, spec)))
-
-
-def edit_recolour(world: World, rng: random.Random, held_out: bool) -> Example:
-    """Edit: "make the red circle blue"."""
-    after = world.sample_look(rng, held_out=held_out)
-    free = world.pairs(held_out=False)
-    colours = [colour for shape, colour in free if shape == after.shape and colour != after.colour]
-    before = replace(after, colour=rng.choice(colours))
-    while True:
-        scene = place(world, rng, [before, *some_others(world, rng, unlike(before))])
-        named, *rest = scene.things
-        target = replace(scene, things=(replace(named, colour=after.colour), *rest))
-        if world.allows(target.things):
-            break
-    prompt = f"make {_name(rng, named)} {after.colour}"
-    spec = Spec(ground=scene.ground, kept=target.things)
-    return editing("edit_recolour", scene, prompt, target, spec)
-
-
-def edit_remove(world: World, rng: random.Random, held_out: bool) -> Example:
-    """Edit: "remove the red circle", of a picture where something else stays."""
-    look = world.sample_look(rng, held_out=held_out)
-    scene = place(world, rng, [look, *some_others(world, rng, unlike(look), least=1)])
-    named, *rest = scene.things
-    target = replace(scene, things=tuple(rest))
-    spec = Spec(ground=scene.ground, kept=target.things)
-    return editing("edit_remove", scene, f"remove {_name(rng, named)}", target, spec)
-
-
-def edit_add(world: World, rng: random.Random, held_out: bool) -> Example:
-    """Edit: "add a blue square"."""
-    look = world.sample_look(rng, held_out=held_out)
-    target = place(world, rng, [look, *some_others(world, rng, lambda _: True, least=1)], overlaps=False)
-    added, *rest = target.things
-    scene = replace(target, things=tuple(rest))
-    phrase = Phrase.of(added, with_size=rng.random() < 1 / 2)
-    spec = Spec(objects=(phrase,), ground=scene.ground, kept=scene.things)
-    return editing("edit_add", scene, f"add {phrase.indefinite()}", target, spec)
-
-
-def _name(rng: random.Random, thing: Thing) -> str:
-    """An object whose pair is unique in its picture; one time in four with its size."""
-    return Phrase.of(thing, with_size=rng.random() < 1 / 4).definite()
+from openbagel.world.scene import Ground, Look, Pair, Scene, Thing, exchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,235 +22,188 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A picture between edits."""
+    """A picture between edits, and the pairs that the instruction was about so far."""
 
     ground: Ground
     items: tuple[Item, ...]
-
-    @classmethod
-    def of(cls, scene: Scene) -> "State":
-        return cls(scene.ground, tuple(map(Item, scene.things)))
+    done: tuple[Pair, ...] = ()
 
     @property
     def scene(self) -> Scene:
         return Scene(self.ground, tuple(item.thing for item in self.items))
 
     @property
+    def pairs(self) -> list[Pair]:
+        return [item.thing.pair for item in self.items]
+
+    @property
     def spec(self) -> Spec:
         exact = tuple(item.thing for item in self.items if item.phrase is None)
         return Spec(tuple(x.phrase for x in self.items if x.phrase), ground=self.ground, kept=exact)
 
-    def put(self, old: Item, *new: Item) -> "State":
-        """With `old` replaced by `new`, or taken away."""
-        at = self.items.index(old)
-        return replace(self, items=(*self.items[:at], *new, *self.items[at + 1 :]))
+    def put(self, old: Item | None, *new: Item) -> "State":
+        """With `old` replaced by `new`, or taken away; without `old`, with one more on top."""
+        items = exchanged(self.items, old, *new) if old else (*self.items, *new)
+        about = [item.thing.pair for item in (old, *new) if item]
+        return replace(self, items=items, done=(*self.done, *about))
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """An edit: how to ask for it, how to tell of it, what comes of it, and the pairs that it was about."""
+    """An edit: how to ask for it, how to tell of it, and what comes of it."""
 
     order: str
     news: str
     state: State
-    pairs: tuple[Pair, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Editor:
-    """Makes random changes, each about something held out, or about nothing that is.
-
-    `done` are pairs that an instruction was about already. A method gives None where it finds no change.
-    """
-
-    world: World
-    rng: random.Random
-    held_out: bool
-
-    def start(self, verb: str) -> State:
-        """A picture to begin with, for a first change of this kind."""
-        shown = self.held_out and verb not in _MAKES_PAIRS
-        count = self.rng.randint(1, roomy(self.world) if verb == "resize" else self.world.max_things)
-        return State.of(self.world.sample_scene(self.rng, count, held_out=shown))
-
-    def change(self, state: State, verb: str, done: tuple[Pair, ...] = ()) -> Change | None:
-        made = _VERBS[verb](self, state, done)
-        return made if made and self.world.allows(made.state.scene.things) else None
-
-    def recolour(self, state: State, done: tuple[Pair, ...]) -> Change | None:
-        if not (item := self._named(state, done)):
-            return None
-        shape, now = item.thing.pair
-        colours = [c for s, c in self.world.pairs(held_out=self.held_out) if s == shape and c != now]
-        if not colours:
-            return None
-        colour = self.rng.choice(colours)
-        after = Item(replace(item.thing, colour=colour), item.phrase and replace(item.phrase, colour=colour))
-        return self._changed(state, item, after, order=f"make {{}} {colour}", news=f"{{}} became {colour}")
-
-    def resize(self, state: State, done: tuple[Pair, ...]) -> Change | None:
-        if not (item := self._named(state, done, shown=True)) or item.phrase:
-            return None
-        size = self.rng.choice([size for size in self.world.sizes if size != item.thing.size])
-        after = Item(replace(item.thing, size=size))
-        return self._changed(state, item, after, order=f"make {{}} {size}", news=f"{{}} became {size}")
-
-    def move(self, state: State, done: tuple[Pair, ...]) -> Change | None:
-        """To a corner or the centre: "to the left" might be taken for a direction."""
-        if not (item := self._named(state, done, shown=True)) or (item.phrase and not item.phrase.place):
-            return None
-        thing, others = item.thing, [x.thing for x in state.items if x is not item]
-        look = Look(*thing.pair, thing.size)
-        found = [self.world.find_place(self.rng, look, others) for _ in range(3)]
-        free = [one for one in found if one and place_name(one.x, one.y) in _CLEAR_PLACES]
-        if not free or near_place(thing, where := place_name(free[0].x, free[0].y)):
-            return None
-        after = Item(replace(thing, x=free[0].x, y=free[0].y), replace(Phrase.of(thing), place=where))
-        where = f"to the {where}"
-        return self._changed(state, item, after, order=f"move {{}} {where}", news=f"{{}} moved {where}")
-
-    def replace(self, state: State, done: tuple[Pair, ...]) -> Change | None:
-        """By another shape in the same place."""
-        item, pair = self._named(state, done), self._new_pair(state, done)
-        if not item or not pair or pair[0] == item.thing.shape:
-            return None
-        thing = replace(item.thing, shape=pair[0], colour=pair[1])
-        thing = replace(thing, rotation=self.rng.choice(self.world.turns(thing.shape)))
-        phrase = Phrase(*pair)
-        a_new = phrase.indefinite()
-        if not item.phrase or item.phrase.place:
-            phrase = replace(phrase, place=place_name(thing.x, thing.y))
-        return self._changed(
-            state, item, Item(thing, phrase), order=f"replace {{}} with {a_new}", news=f"{{}} became {a_new}"
-        )
-
-    def remove(self, state: State, done: tuple[Pair, ...]) -> Change | None:
-        """Something else stays."""
-        item = self._named(state, done, shown=True)
-        if not item or len(state.items) == 1:
-            return None
-        return self._changed(state, item, order="remove {}", news="{} is gone")
-
-    def add(self, state: State, done: tuple[Pair, ...]) -> Change | None:
-        """What is not there yet."""
-        pair, count = self._new_pair(state, done), len(state.items) + 1
-        if not pair or count > self.world.max_things:
-            return None
-        look = Look(*pair, self.rng.choice(self.world.sizes_for(count)))
-        thing = self.world.find_place(self.rng, look, state.scene.things)
-        if thing is None:
-            return None
-        phrase = Phrase.of(thing, with_size=self.rng.random() < 1 / 2)
-        after = replace(state, items=(*state.items, Item(thing, phrase)))
-        return Change(f"add {phrase.indefinite()}", f"{Phrase(*pair).indefinite()} is new", after, (pair,))
-
-    def ground(self, state: State, _: tuple[Pair, ...]) -> Change:
-        ground = self.rng.choice([ground for ground in self.world.grounds if ground != state.ground])
-        after = replace(state, ground=ground)
-        return Change(f"make the ground {ground}", f"the ground became {ground}", after)
-
-    def _named(self, state: State, done: tuple[Pair, ...], *, shown: bool = False) -> Item | None:
-        """An object that words can single out; a held-out one where only what is `shown` can be held out."""
-        pairs = [item.thing.pair for item in state.items]
-        fitting = [
-            item
-            for item, pair in zip(state.items, pairs, strict=True)
-            if pairs.count(pair) == 1 and pair not in done
-            if not (shown and self.held_out) or pair in self.world.held_out
-        ]
-        return self.rng.choice(fitting) if fitting else None
-
-    def _new_pair(self, state: State, done: tuple[Pair, ...]) -> Pair | None:
-        used = {*done, *(item.thing.pair for item in state.items)}
-        pairs = [pair for pair in self.world.pairs(held_out=self.held_out) if pair not in used]
-        return self.rng.choice(pairs) if pairs else None
-
-    def _changed(self, state: State, item: Item, *after: Item, order: str, news: str) -> Change:
-        """`order` and `news` have {} for the object; it is called by its size only if that is known."""
-        pair = item.thing.pair
-        sized = (not item.phrase or item.phrase.size) and self.rng.random() < 1 / 4
-        name = Phrase.of(item.thing, with_size=bool(sized)).definite()
-        pairs = (pair, *(x.thing.pair for x in after))
-        news = news.format(Phrase(*pair).definite())
-        return Change(order.format(name), news, state.put(item, *after), pairs)
+Verb = Callable[[Choice, State], Change]
+"""Makes a random change about something that no instruction was about yet, held out or not."""
 
 
-_VERBS: dict[str, Callable[[Editor, State, tuple[Pair, ...]], Change | None]] = {
-    "add": Editor.add,
-    "remove": Editor.remove,
-    "replace": Editor.replace,
-    "recolour": Editor.recolour,
-    "resize": Editor.resize,
-    "move": Editor.move,
-    "ground": Editor.ground,
-}
+def _add(choose: Choice, state: State) -> Change:
+    """What is not there yet."""
+    pair, count = _new_pair(choose, state), len(state.items) + 1
+    require(count <= choose.world.max_things)
+    look = Look(*pair, choose.pick(choose.world.sizes_for(count)))
+    thing = require(choose.world.find_place(choose.rng, look, state.scene.things))
+    phrase = Phrase.of(thing, with_size=choose.chance(1 / 2))
+    after = state.put(None, Item(thing, phrase))
+    return Change(f"add {phrase.indefinite()}", f"{Phrase(*pair).indefinite()} is new", after)
+
+
+def _remove(choose: Choice, state: State) -> Change:
+    """Something else stays."""
+    item = _named(choose, state, shown=True)
+    require(len(state.items) > 1)
+    return _changed(choose, state, item, order="remove {}", news="{} is gone")
+
+
+def _replace(choose: Choice, state: State) -> Change:
+    """By another shape in the same place."""
+    item, (shape, colour) = _named(choose, state), _new_pair(choose, state)
+    require(shape != item.thing.shape)
+    turned = choose.pick(choose.world.turns(shape))
+    thing = replace(item.thing, shape=shape, colour=colour, rotation=turned)
+    phrase = Phrase(shape, colour)
+    a_new = phrase.indefinite()
+    if not item.phrase or item.phrase.place:
+        phrase = replace(phrase, place=place_name(thing.x, thing.y))
+    order, news = f"replace {{}} with {a_new}", f"{{}} became {a_new}"
+    return _changed(choose, state, item, Item(thing, phrase), order=order, news=news)
+
+
+def _recolour(choose: Choice, state: State) -> Change:
+    item = _named(choose, state)
+    colour = choose.pick(choose.colours(item.thing))
+    after = Item(replace(item.thing, colour=colour), item.phrase and replace(item.phrase, colour=colour))
+    return _changed(choose, state, item, after, order=f"make {{}} {colour}", news=f"{{}} became {colour}")
+
+
+def _resize(choose: Choice, state: State) -> Change:
+    item = _named(choose, state, shown=True)
+    require(item.phrase is None)
+    size = choose.pick([size for size in choose.world.sizes if size != item.thing.size])
+    after = Item(replace(item.thing, size=size))
+    return _changed(choose, state, item, after, order=f"make {{}} {size}", news=f"{{}} became {size}")
+
+
+def _move(choose: Choice, state: State) -> Change:
+    """To a corner or the centre: "to the left" might be taken for a direction."""
+    item = _named(choose, state, shown=True)
+    require(item.phrase is None or item.phrase.place is not None)
+    thing, others = item.thing, [x.thing for x in state.items if x is not item]
+    found = [choose.world.find_place(choose.rng, thing.look, others) for _ in range(3)]
+    clear = require([one for one in found if one and place_name(one.x, one.y) in _CLEAR_PLACES])[0]
+    where = place_name(clear.x, clear.y)
+    require(not near_place(thing, where))
+    after = Item(replace(thing, x=clear.x, y=clear.y), replace(Phrase.of(thing), place=where))
+    where = f"to the {where}"
+    return _changed(choose, state, item, after, order=f"move {{}} {where}", news=f"{{}} moved {where}")
+
+
+def _ground(choose: Choice, state: State) -> Change:
+    ground = choose.pick([ground for ground in choose.world.grounds if ground != state.ground])
+    after = replace(state, ground=ground)
+    return Change(f"make the ground {ground}", f"the ground became {ground}", after)
+
+
+_VERBS: tuple[Verb, ...] = (_add, _remove, _replace, _recolour, _resize, _move, _ground)
+_MAKES_PAIRS = {_add, _replace, _recolour}
 _CLEAR_PLACES = {"top left", "top right", "bottom left", "bottom right", "centre"}
-_MAKES_PAIRS = {"add", "replace", "recolour"}
 
 
-def _single(world: World, rng: random.Random, held_out: bool, *, verb: str) -> Example:
-    return _in_turns(f"edit_{verb}", Editor(world, rng, held_out), lambda: [[verb]])
+def _named(choose: Choice, state: State, *, shown: bool = False) -> Item:
+    """An object that words can single out; a held-out one where only what is `shown` can be held out."""
+    pairs = [pair for pair in state.pairs if state.pairs.count(pair) == 1 and pair not in state.done]
+    if shown and choose.held_out:
+        pairs = [pair for pair in pairs if pair in choose.world.held_out]
+    return choose.pick([item for item in state.items if item.thing.pair in pairs])
 
 
-def edit_combined(world: World, rng: random.Random, held_out: bool) -> Example:
-    """Edit: "remove the red circle and make the ground black"."""
-    return _in_turns("edit_combined", Editor(world, rng, held_out), lambda: [rng.sample([*_VERBS], 2)])
+def _new_pair(choose: Choice, state: State) -> Pair:
+    used = {*state.done, *state.pairs}
+    return choose.pick([pair for pair in choose.world.pairs(held_out=choose.held_out) if pair not in used])
 
 
-def edit_turns(world: World, rng: random.Random, held_out: bool) -> Example:
-    """Two to four edits of different kinds, one after the other."""
-    editor, count = Editor(world, rng, held_out), rng.randint(2, 4)
-    return _in_turns("edit_turns", editor, lambda: [[verb] for verb in rng.sample([*_VERBS], count)])
+def _changed(choose: Choice, state: State, item: Item, *after: Item, order: str, news: str) -> Change:
+    """`order` and `news` have {} for the object; it is called by its size only if that is known."""
+    sized = (not item.phrase or item.phrase.size is not None) and choose.chance(1 / 4)
+    name, plain = (Phrase.of(item.thing, with_size=size).definite() for size in (sized, False))
+    return Change(order.format(name), news.format(plain), state.put(item, *after))
 
 
-def _in_turns(kind: str, editor: Editor, verbs: Callable[[], list[list[str]]]) -> Example:
-    """Tries until all changes can be made; the first is about what is held out."""
-    while True:
-        if steps := _steps(editor, verbs()):
-            return Example(kind, tuple(steps))
+def _start(choose: Choice, verb: Verb | None) -> State:
+    """A picture to begin with, for a first change of this kind."""
+    shown = choose.held_out and verb not in _MAKES_PAIRS
+    count = choose.rng.randint(1, choose.roomy if verb is _resize else choose.world.max_things)
+    scene = choose.world.sample_scene(choose.rng, count, held_out=shown)
+    return State(scene.ground, tuple(map(Item, scene.things)))
 
 
-def _steps(editor: Editor, turns: list[list[str]]) -> list[Step]:
-    """One turn for each list of verbs; nothing where a change is impossible."""
-    state = editor.start(turns[0][0])
+def _change(choose: Choice, state: State, verb: Verb) -> Change:
+    change = verb(choose, state)
+    require(choose.world.allows(change.state.scene.things))
+    return change
+
+
+# kinds ------------------------------------------------------------------------------------------------------
+
+
+def _edit(choose: Choice, turns: Sequence[Sequence[Verb]]) -> Steps:
+    """One turn for each list of verbs; the first change is about what is held out."""
+    state = _start(choose, turns[0][0])
     steps: list[Step] = [Shown(state.scene)]
     for verbs in turns:
-        orders: list[str] = []
-        done: tuple[Pair, ...] = ()
+        orders, state = list[str](), replace(state, done=())
         for verb in verbs:
-            change = editor.change(state, verb, done)
-            if change is None:
-                return []
-            editor, state, done = replace(editor, held_out=False), change.state, done + change.pairs
+            change = _change(choose, state, verb)
+            choose, state = choose.free(), change.state
             orders.append(change.order)
-        target = state.scene
-        steps += [Said(" and ".join(orders)), Thinks(layout(target)), Draws(target, state.spec)]
-    return steps
+        steps += [Said(" and ".join(orders)), Thinks(layout(state.scene)), Draws(state.scene, state.spec)]
+    return tuple(steps)
 
 
-def ask_change(world: World, rng: random.Random, held_out: bool) -> Example:
+def edit_combined(choose: Choice) -> Steps:
+    """Edit: "remove the red circle and make the ground black"."""
+    return _edit(choose, [choose.rng.sample(_VERBS, 2)])
+
+
+def edit_turns(choose: Choice) -> Steps:
+    """Two to four edits of different kinds, one after the other."""
+    count = choose.rng.randint(2, 4)
+    return again(lambda: _edit(choose, [[verb] for verb in choose.rng.sample(_VERBS, count)]))()
+
+
+def ask_change(choose: Choice) -> Steps:
     """Ask "what changed?" of two pictures; one time in eight the answer is "nothing"."""
-    editor = Editor(world, rng, held_out)
-    while True:
-        verb = rng.choice([*_VERBS, "nothing"])
-        state = editor.start(verb)
-        change = Change("", "nothing", state) if verb == "nothing" else editor.change(state, verb)
-        if change:
-            break
+    verb = choose.pick([*_VERBS, None])
+    state = _start(choose, verb)
+    change = _change(choose, state, verb) if verb else Change("", "nothing", state)
     before, after = state.scene, change.state.scene
     thought = Thinks(f"before: {layout(before)}. after: {layout(after)}.")
-    steps = (Shown(before), Shown(after), Said("what changed?"), thought, Writes(change.news))
-    return Example("ask_change", steps)
+    return Shown(before), Shown(after), Said("what changed?"), thought, Writes(change.news)
 
 
-EDIT: dict[str, Task] = {
-    "edit_add": edit_add,
-    "edit_remove": edit_remove,
-    "edit_replace": partial(_single, verb="replace"),
-    "edit_recolour": edit_recolour,
-    "edit_resize": partial(_single, verb="resize"),
-    "edit_move": partial(_single, verb="move"),
-    "edit_ground": partial(_single, verb="ground"),
-    "edit_combined": edit_combined,
-    "edit_turns": edit_turns,
-}
+EDIT: dict[str, Task] = {f"edit{verb.__name__}": partial(_edit, turns=[[verb]]) for verb in _VERBS}
+EDIT |= kinds(edit_combined, edit_turns)

@@ -7,12 +7,12 @@ Said("tell a story …") Writes("there is …") Draws(a) Writes(…) Draws(b) th
 Shown(a) Shown(b) Shown(c) Films((d, e, …))                             continue a clip
 """
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from openbagel.world.language import Phrase, Relation
-from openbagel.world.scene import Ground, Thing, View, World
+from openbagel.world.choice import Choice
+from openbagel.world.language import Phrase
+from openbagel.world.scene import Ground, Relation, Thing, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,20 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Words:
+    words: str
+
+
+class Said(Words):
     """The user's words."""
 
-    words: str
+
+class Thinks(Words):
+    """What may be thought before the next step; scores do not read it."""
+
+
+class Writes(Words):
+    """A text that the model is to write, word for word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +59,6 @@ class Shown:
     """A picture, or a frame of a clip, that is given."""
 
     view: View
-
-
-@dataclass(frozen=True, slots=True)
-class Thinks:
-    """What may be thought before the next step; scores do not read it."""
-
-    words: str
-
-
-@dataclass(frozen=True, slots=True)
-class Writes:
-    """A text that the model is to write, word for word."""
-
-    words: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +77,41 @@ class Films:
 
 
 Step = Said | Shown | Thinks | Writes | Draws | Films
+Steps = tuple[Step, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One exercise. With `decides` nobody says whether text or a picture comes next."""
+    """One exercise."""
 
     kind: str
-    steps: tuple[Step, ...]
-    decides: bool = False
+    steps: Steps
+
+    @property
+    def decides(self) -> bool:
+        """Whether the model is to make both texts and pictures: nobody says which of them comes next."""
+        return {Writes, Draws} <= set(map(type, self.steps))
 
     def without_thought(self) -> "Example":
         return replace(self, steps=tuple(step for step in self.steps if not isinstance(step, Thinks)))
 
 
-Task = Callable[[World, random.Random, bool], Example]
-"""Makes one example; if True, something held out is in its decisive place, else nothing held out occurs."""
+def views(steps: Sequence[Step]) -> list[View]:
+    """What all pictures of some steps show, in order, frames too."""
+    found: list[View] = []
+    for step in steps:
+        match step:
+            case Shown(view) | Draws(view):
+                found.append(view)
+            case Films(frames):
+                found += frames
+    return found
+
+
+Task = Callable[[Choice], Steps]
+"""Makes one example, or finds it `Impossible`."""
+
+
+def kinds(*tasks: Task) -> dict[str, Task]:
+    """Tasks by their names."""
+    return {task.__name__: task for task in tasks}

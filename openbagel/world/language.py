@@ -3,45 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
-from openbagel.world.scene import RELATIONS, Colour, Ground, Look, Scene, Shape, Size, Thing
+from openbagel.world.scene import Colour, Ground, Look, Scene, Shape, Size, Thing
 
 NUMBERS = tuple("zero one two three four five six seven eight nine ten eleven twelve".split())
-CLEAR = 0.2
-"""Prompts and questions use a relation only where the centres differ by this fraction of the side or more."""
 PLACE_SLACK = 0.08
 """How far, in fractions of the side, an object may lie outside of the place that was named."""
-CORNERS: dict[Shape, int] = {
-    Shape.CIRCLE: 0,
-    Shape.RING: 0,
-    Shape.HEART: 2,
-    Shape.MOON: 2,
-    Shape.TRIANGLE: 3,
-    Shape.SQUARE: 4,
-    Shape.DIAMOND: 4,
-    Shape.ARROW: 7,
-    Shape.STAR: 10,
-    Shape.CROSS: 12,
-}
-"""How many corners the outline of each shape has, those that point inwards too."""
-
-
-class Relation(StrEnum):
-    LEFT = "left of"
-    RIGHT = "right of"
-    ABOVE = "above"
-    BELOW = "below"
-
-    @property
-    def opposite(self) -> "Relation":
-        return Relation(RELATIONS[self])
-
-    def holds(self, a: Thing, b: Thing, *, margin: float = CLEAR) -> bool:
-        """Whether `a` is on this side of `b`: their centres differ by at least `margin` along the axis."""
-        dx, dy = a.x - b.x, a.y - b.y
-        shift = {Relation.LEFT: -dx, Relation.RIGHT: dx, Relation.ABOVE: -dy, Relation.BELOW: dy}[self]
-        return shift >= margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +25,19 @@ class Phrase:
     place: str | None = None
 
     @classmethod
-    def of(cls, look: Look | Thing, *, with_size: bool = True, count: int = 1) -> "Phrase":
+    def of(cls, look: Look, *, with_size: bool = True, count: int = 1) -> "Phrase":
         return cls(look.shape, look.colour, look.size if with_size else None, count)
 
-    def matches(self, look: Look | Thing) -> bool:
+    def misses(self, look: Look) -> int:
+        """In how many of the mentioned attributes an object differs, its place aside."""
+        words, seen = (self.shape, self.colour, self.size), (look.shape, look.colour, look.size)
+        return sum(word not in (None, one) for word, one in zip(words, seen, strict=True))
+
+    def matches(self, look: Look) -> bool:
         """Whether an object has every attribute that is mentioned; the place counts for a thing only."""
-        return (
-            self.shape in (None, look.shape)
-            and self.colour in (None, look.colour)
-            and self.size in (None, look.size)
-            and (self.place is None or isinstance(look, Look) or near_place(look, self.place))
-        )
+        if self.misses(look):
+            return False
+        return self.place is None or not isinstance(look, Thing) or near_place(look, self.place)
 
     def noun(self, *, plural: bool = False) -> str:
         """Without an article: "small red circle", "red objects"."""
@@ -113,15 +82,19 @@ def near_place(thing: Thing, place: str) -> bool:
 
 def caption(scene: Scene) -> str:
     """The canonical description: the objects from left to right (equal looks together), then the ground."""
-    counts = Counter(Look(thing.shape, thing.colour, thing.size) for thing in reading_order(scene.things))
-    parts = [Phrase.of(look, count=count).indefinite() for look, count in counts.items()]
-    return f"{enumerate_words(parts)} {on_ground(scene.ground)}"
+    counts = Counter(thing.look for thing in reading_order(scene.things))
+    return listed([Phrase.of(look, count=count) for look, count in counts.items()], scene.ground)
 
 
 def layout(scene: Scene) -> str:
     """A plan of the picture: every object from left to right with its place, then the ground."""
-    parts = [placed(thing).indefinite() for thing in reading_order(scene.things)]
-    return f"{enumerate_words(parts)} {on_ground(scene.ground)}"
+    return listed(map(placed, reading_order(scene.things)), scene.ground)
+
+
+def listed(phrases: Iterable[Phrase], ground: Ground | None = None) -> str:
+    """ "a red circle and two squares on a white ground"."""
+    words = enumerate_words([phrase.indefinite() for phrase in phrases])
+    return f"{words} {on_ground(ground)}" if ground else words
 
 
 def placed(thing: Thing) -> Phrase:

@@ -7,30 +7,16 @@ colours are said before it is turned.
 """
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from statistics import fmean
 
-from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Spec, Step, Task
+import numpy as np
+
+from openbagel.world.choice import Choice, require
+from openbagel.world.exercise import Draws, Films, Said, Shown, Spec, Step, Steps, kinds
 from openbagel.world.language import Phrase, enumerate_words
-from openbagel.world.scene import (
-    HALF_BOX,
-    MARGIN,
-    SYMMETRY,
-    Colour,
-    Look,
-    Pair,
-    Scene,
-    Solid,
-    Thing,
-    View,
-    World,
-    apart,
-    inside,
-    turn_between,
-)
+from openbagel.world.scene import MARGIN, Look, Scene, Solid, Thing, View, apart, inside, turn_between
 
 GIVEN, DRAWN = 3, 10
 """Frames of a clip that are shown, and that are to be drawn."""
@@ -46,41 +32,32 @@ ACTIONS |= {"zoom in": (0, 0, 0.5), "zoom out": (0, 0, 2.0)}
 NEAR, FAR, MAP_SIDE = 1.0, 2.0, 3.0
 """Sides of a near and a far view and of the map, in near views."""
 TURNS = {"turn right": math.radians(30), "turn left": math.radians(-30)}
+Way = list[Thing]
+"""An object in every frame."""
 _TRIES = 60
 
 
 # clips ------------------------------------------------------------------------------------------------------
 
 
-def film_move(world: World, rng: random.Random, held_out: bool) -> Example:
+def film_move(choose: Choice) -> Steps:
     """Go on with a clip: objects that move and bounce."""
-
-    def way(look: Look) -> list[Thing]:
-        return _way(_anywhere(world, rng, look), _velocity(rng))
-
-    return _continued("film_move", _frames(world, rng, _looks(world, rng, held_out), way))
+    return _continued(choose, moves=True, turns=False)
 
 
-def film_turn(world: World, rng: random.Random, held_out: bool) -> Example:
+def film_turn(choose: Choice) -> Steps:
     """Go on with a clip: objects that turn at one place, or move and turn."""
-
-    def way(look: Look) -> list[Thing]:
-        spin = rng.uniform(*SPIN) * rng.choice((-1, 1))
-        return _way(_anywhere(world, rng, look, spin), _velocity(rng) if moves else (0, 0), spin)
-
-    moves = rng.random() < 1 / 2
-    looks = _looks(world, rng, held_out, lambda pair: SYMMETRY[pair[0]] > 0)
-    return _continued("film_turn", _frames(world, rng, looks, way))
+    return _continued(choose, moves=choose.chance(1 / 2), turns=True)
 
 
-def film_text(world: World, rng: random.Random, held_out: bool) -> Example:
+def film_text(choose: Choice) -> Steps:
     """Film "a red circle moves right and a blue square moves up"; no object comes to the border."""
 
-    def way(look: Look) -> list[Thing]:
-        start, (across, down) = _anywhere(world, rng, look), rng.choice(list(DIRECTIONS.values()))
+    def way(look: Look) -> Way:
+        start, (across, down) = _anywhere(choose, look), choose.pick(list(DIRECTIONS.values()))
         low = _room(start)[0 if across else 1]
-        speed = rng.uniform(SLOWEST, min(FASTEST, (1 - 2 * low) / DRAWN))
-        first = rng.uniform(low, 1 - low - speed * DRAWN)
+        speed = choose.rng.uniform(SLOWEST, min(FASTEST, (1 - 2 * low) / DRAWN))
+        first = choose.rng.uniform(low, 1 - low - speed * DRAWN)
         first = round(first if across + down > 0 else 1 - first, 4)
         start = replace(start, x=first) if across else replace(start, y=first)
         return _way(start, (across * speed, down * speed))
@@ -88,50 +65,51 @@ def film_text(world: World, rng: random.Random, held_out: bool) -> Example:
     def clause(start: Thing, end: Thing) -> str:
         x, y = end.x - start.x, end.y - start.y
         heading = max(DIRECTIONS, key=lambda name: DIRECTIONS[name][0] * x + DIRECTIONS[name][1] * y)
-        return f"{Phrase.of(start, with_size=False).indefinite()} moves {heading}"
+        return f"{Phrase(*start.pair).indefinite()} moves {heading}"
 
-    views = _frames(world, rng, _looks(world, rng, held_out), way)[:DRAWN]
+    views = _frames(choose, _looks(choose), way)[:DRAWN]
     words = enumerate_words(list(map(clause, views[0].things, views[-1].things)))
-    return Example("film_text", (Said(words), Films(views)))
+    return Said(words), Films(views)
 
 
-def _continued(kind: str, views: tuple[Scene, ...]) -> Example:
-    return Example(kind, (*map(Shown, views[:GIVEN]), Films(views[GIVEN:])))
+def _continued(choose: Choice, *, moves: bool, turns: bool) -> Steps:
+    def way(look: Look) -> Way:
+        spin = choose.rng.uniform(*SPIN) * choose.pick((-1, 1)) if turns else 0.0
+        start, speed, angle = _anywhere(choose, look, spin), 0.0, 0.0
+        if moves:
+            speed, angle = choose.rng.uniform(SLOWEST, FASTEST), choose.rng.uniform(0, 2 * math.pi)
+        return _way(start, (speed * math.cos(angle), speed * math.sin(angle)), spin)
+
+    views = _frames(choose, _looks(choose, turns), way)
+    return *map(Shown, views[:GIVEN]), Films(views[GIVEN:])
 
 
-def _looks(
-    world: World, rng: random.Random, held_out: bool, fits: Callable[[Pair], bool] = lambda pair: True
-) -> list[Look]:
-    """One to three objects of different colours; with held_out the first is a held-out pair."""
-    count = rng.randint(1, min(3, world.max_things))
+def _looks(choose: Choice, turns: bool = False) -> list[Look]:
+    """One to three objects of different colours, the first held out or not, that show it when one `turns`."""
+    count = choose.rng.randint(1, min(3, choose.world.max_things))
     looks: list[Look] = []
-    for number in range(count):
+    for _ in range(count):
         used = {look.colour for look in looks}
-        pairs = world.pairs(held_out=held_out and number == 0)
-        pair = rng.choice([pair for pair in pairs if pair[1] not in used and fits(pair)])
-        looks.append(Look(*pair, rng.choice(world.sizes_for(count + 2))))
+        pairs = choose.world.pairs(held_out=choose.held_out and not looks)
+        seen = [pair for pair in pairs if pair[1] not in used and (pair[0].symmetry or not turns)]
+        looks.append(Look(*choose.pick(seen), choose.pick(choose.world.sizes_for(count + 2))))
     return looks
 
 
-def _anywhere(world: World, rng: random.Random, look: Look, spin: float = 0.0) -> Thing:
-    thing = look.at(0.5, 0.5, rotation=rng.choice(world.turns(look.shape)))
-    x, y = (round(rng.uniform(room, 1 - room), 4) for room in _room(thing, spin))
+def _anywhere(choose: Choice, look: Look, spin: float = 0.0) -> Thing:
+    thing = look.at(0.5, 0.5, rotation=choose.pick(choose.world.turns(look.shape)))
+    x, y = (round(choose.rng.uniform(room, 1 - room), 4) for room in _room(thing, spin))
     return replace(thing, x=x, y=y)
 
 
 def _room(thing: Thing, spin: float = 0.0) -> tuple[float, float]:
     """How near an object's centre may come to the border, across and down."""
-    reach = math.hypot(*HALF_BOX[thing.shape]) * thing.radius
+    reach = math.hypot(*thing.shape.half_box) * thing.radius
     width, height = (reach, reach) if spin else thing.half_box()
     return width + MARGIN, height + MARGIN
 
 
-def _velocity(rng: random.Random) -> tuple[float, float]:
-    speed, angle = rng.uniform(SLOWEST, FASTEST), rng.uniform(0, 2 * math.pi)
-    return speed * math.cos(angle), speed * math.sin(angle)
-
-
-def _way(start: Thing, velocity: tuple[float, float], spin: float = 0.0) -> list[Thing]:
+def _way(start: Thing, velocity: tuple[float, float], spin: float = 0.0) -> Way:
     """An object in every frame: straight on, back from the border, turned by `spin` a frame."""
 
     def bounced(place: float, low: float) -> float:
@@ -139,21 +117,21 @@ def _way(start: Thing, velocity: tuple[float, float], spin: float = 0.0) -> list
         over = (place - low) % (2 * span)
         return round(low + min(over, 2 * span - over), 4)
 
+    def at(frame: int) -> Thing:
+        x, y = bounced(start.x + dx * frame, width), bounced(start.y + dy * frame, height)
+        return replace(start, x=x, y=y, rotation=start.rotation + spin * frame)
+
     (dx, dy), (width, height) = velocity, _room(start, spin)
-    places = [(bounced(start.x + dx * t, width), bounced(start.y + dy * t, height)) for t in range(FRAMES)]
-    turns = [start.rotation + spin * t for t in range(FRAMES)]
-    return [replace(start, x=x, y=y, rotation=turn) for (x, y), turn in zip(places, turns, strict=True)]
+    return list(map(at, range(FRAMES)))
 
 
-def _frames(
-    world: World, rng: random.Random, looks: Sequence[Look], way: Callable[[Look], list[Thing]]
-) -> tuple[Scene, ...]:
+def _frames(choose: Choice, looks: Sequence[Look], way: Callable[[Look], Way]) -> tuple[Scene, ...]:
     """Frames in which objects always stay apart; an object that finds no way is left out."""
-    ways: list[list[Thing]] = []
+    ways: list[Way] = []
     for look in looks:
         tries = (way(look) for _ in range(_TRIES))
         ways += [*islice((one for one in tries if all(all(map(apart, one, other)) for other in ways)), 1)]
-    ground = rng.choice(world.grounds)
+    ground = choose.pick(choose.world.grounds)
     return tuple(Scene(ground, things) for things in zip(*ways, strict=True))
 
 
@@ -175,10 +153,8 @@ class Window:
         return Window(left, top, self.side * zoom)
 
     @property
-    def exists(self) -> bool:
-        """Whether it is near or far, and inside the map."""
-        lowest, highest = min(self.left, self.top), max(self.left, self.top) + self.side
-        return self.side in (NEAR, FAR) and lowest >= 0 and highest <= MAP_SIDE
+    def on_map(self) -> bool:
+        return min(self.left, self.top) >= 0 and max(self.left, self.top) + self.side <= MAP_SIDE
 
     def part(self, thing: Thing) -> tuple[float, float, float, float] | None:
         """The left, top, right and bottom of what is seen of an object's box; None out of sight."""
@@ -205,90 +181,67 @@ class Window:
         )
 
 
-def walk_map(world: World, rng: random.Random, held_out: bool) -> Example:
-    """Go over a map: what is seen after "go left", "zoom in" …, one to three times."""
-    while True:
-        land = _map(world, rng, held_out)
-        side = rng.choice((NEAR, FAR))
-        left, top = (rng.randint(0, int(4 * (MAP_SIDE - side))) / 4 for _ in range(2))
-        first = Window(left, top, side)
-        shown = [thing for thing in first.view(land).things if inside(thing)]
-        if any(thing.pair in world.held_out for thing in shown) if held_out else shown:
-            walk = _walk(rng, land, first, rng.randint(1, 3))
-            if walk is not None:
-                return Example("walk_map", walk)
-
-
-def _map(world: World, rng: random.Random, held_out: bool) -> Scene:
-    """Up to nine objects of different looks, the first of them a held-out pair if asked for."""
-    pairs = world.pairs(held_out=False)
-    pairs = rng.sample(pairs, min(rng.randint(3, 9), len(pairs)))
-    if held_out:
-        pairs[0] = rng.choice(world.pairs(held_out=True))
-    things: list[Thing] = []
-    for shape, colour in pairs:
-        for _ in range(_TRIES):
-            x, y = (round(rng.uniform(0, MAP_SIDE), 4) for _ in range(2))
-            look = Look(shape, colour, rng.choice(world.sizes))
-            thing = look.at(x, y, rotation=rng.choice(world.turns(shape)))
-            if all(apart(thing, other) for other in things):
-                things.append(thing)
-                break
-    return Scene(rng.choice(world.grounds), tuple(things))
-
-
-def _walk(rng: random.Random, land: Scene, first: Window, length: int) -> tuple[Step, ...] | None:
-    """A walk whose every view shows a whole object, and nothing of any that the first view does not show.
-
-    None where it does not go on.
+def walk_map(choose: Choice) -> Steps:
+    """Go over a map: what is seen after "go left", "zoom in" …, one to three times. Every view shows a whole
+    object, and nothing of any that the first view does not show.
     """
-    here = first
+    land, side = _map(choose), choose.pick((NEAR, FAR))
+    left, top = (choose.rng.randint(0, int(4 * (MAP_SIDE - side))) / 4 for _ in range(2))
+    first = here = Window(left, top, side)
+    whole = {thing.pair for thing in first.view(land).things if inside(thing)}
+    require(whole & choose.world.held_out if choose.held_out else whole)
     steps: list[Step] = [Shown(first.view(land))]
-    for _ in range(length):
-        windows = {action: here.after(action) for action in ACTIONS}
-        windows = {action: window for action, window in windows.items() if window.side in (NEAR, FAR)}
+    for _ in range(choose.rng.randint(1, 3)):
+        windows = {name: after for name in ACTIONS if (after := here.after(name)).side in (NEAR, FAR)}
         views = {action: window.view(land) for action, window in windows.items()}
-        sure = [
-            action
-            for action, window in windows.items()
-            if window.exists and any(map(inside, views[action].things)) and not window.adds_to(first, land)
-        ]
-        if not sure:
-            return None
-        action = rng.choices(sure, [1 if action.startswith("go") else 3 for action in sure])[0]
-        others = [here.view(land), *(view for name, view in views.items() if name != action)]
+        sure = [name for name, window in windows.items() if window.on_map and not window.adds_to(first, land)]
+        sure = require([name for name in sure if any(map(inside, views[name].things))])
+        action = choose.rng.choices(sure, [1 if action.startswith("go") else 3 for action in sure])[0]
+        steps += _acted(action, views, here.view(land))
         here = windows[action]
-        steps += _acted(action, views[action], others)
     return tuple(steps)
 
 
-def walk_solid(world: World, rng: random.Random, held_out: bool) -> Example:
+def _map(choose: Choice) -> Scene:
+    """Up to nine objects of different looks, the first of them a held-out pair if asked for."""
+
+    def somewhere(look: Look) -> Way:
+        x, y = (round(choose.rng.uniform(0, MAP_SIDE), 4) for _ in range(2))
+        look = replace(look, size=choose.pick(choose.world.sizes))
+        return [look.at(x, y, rotation=choose.pick(choose.world.turns(look.shape)))]
+
+    pairs = choose.different_pairs(choose.rng.randint(3, 9))
+    (land,) = _frames(choose, [Look(*pair, choose.world.sizes[0]) for pair in pairs], somewhere)
+    return land
+
+
+def walk_solid(choose: Choice) -> Steps:
     """Turn a solid whose sides were named: what is seen after "turn left" or "turn right", two or three
     times.
     """
-    while True:
-        a, b, c, d = sides = tuple(rng.sample(world.colours, 4))
-        corners = [_held_out_corner(world, *pair) for pair in pairwise((*sides, a))]
-        if corners[0] if held_out else not any(corners):
-            break
+    world, rng = choose.world, choose.rng
+    a, b, c, d = sides = rng.sample(world.colours, 4)
+    numbers = map(world.colours.index, (*sides, a))
+    corners = [(one + 2 * other) % 5 == 0 for one, other in pairwise(numbers)]  # a fifth is held out
+    require(corners[0] if choose.held_out else not any(corners))
     here = Solid(rng.choice(world.grounds), (a, b, c, d), math.radians(rng.choice((-45, -15, 15, 45))))
     seen, swapped = facing(here), (a, b, d, c) if here.turn < 0 else (a, c, b, d)
-    named = zip(("front", "right", "back", "left"), sides, strict=True)
-    steps: list[Step] = [Said(", ".join(f"{name} {colour}" for name, colour in named)), Shown(here)]
+    steps: list[Step] = [Said(f"front {a}, right {b}, back {c}, left {d}"), Shown(here)]
     for _ in range(rng.randint(2, 3)):
-        action = rng.choice(list(TURNS))
+        action, before = rng.choice(list(TURNS)), here
         views = {name: replace(here, turn=here.turn + angle) for name, angle in TURNS.items()}
-        others = [here, *(view for name, view in views.items() if name != action)]
         here = views[action]
-        if facing(here) - seen:  # with the colours of the two sides exchanged that only words have told
-            others.append(replace(here, sides=swapped))
-        steps += _acted(action, here, others)
-    return Example("walk_solid", tuple(steps))
+        # with the colours of the two sides exchanged that only words have told
+        told = [replace(here, sides=swapped)] if facing(here) - seen else []
+        steps += _acted(action, views, before, *told)
+    return tuple(steps)
 
 
-def _acted(action: str, view: View, others: Sequence[View]) -> tuple[Said, Draws]:
-    wrong = tuple(other for other in others if other != view)
-    return Said(action), Draws(view, Spec(view=view, wrong=wrong))
+def _acted(action: str, views: Mapping[str, View], before: View, *more: View) -> tuple[Said, Draws]:
+    """What is seen after an action, of what is seen after each; `before` and `more` are wrong too."""
+    view = views[action]
+    wrong = (before, *(other for other in views.values() if other is not view), *more)
+    return Said(action), Draws(view, Spec(view=view, wrong=tuple(other for other in wrong if other != view)))
 
 
 def facing(solid: Solid) -> set[int]:
@@ -296,14 +249,7 @@ def facing(solid: Solid) -> set[int]:
     return {side for side in range(4) if math.cos(solid.turn + side * math.pi / 2) > 1e-6}
 
 
-def _held_out_corner(world: World, colour: Colour, next_colour: Colour) -> bool:
-    """A fifth of the pairs of colours of two neighbouring sides."""
-    return (world.colours.index(colour) + 2 * world.colours.index(next_colour)) % 5 == 0
-
-
-MOTION: dict[str, Task] = {
-    task.__name__: task for task in (film_move, film_turn, film_text, walk_map, walk_solid)
-}
+MOTION = kinds(film_move, film_turn, film_text, walk_map, walk_solid)
 
 
 # scores -----------------------------------------------------------------------------------------------------
@@ -314,7 +260,7 @@ class ClipScore:
     """error: mean distance of the found centres from the true ones, as a share of the way that an object goes
     on average (of a usual way where all stand); an object counts as one side away where it is lost. lost:
     whether any object is, in any frame. steered: whether every object went about where its true one goes,
-    from the first frame to the last, at any speed; for clips without bounces.
+    from the first frame to the last, at any speed: within 45° of the direction; for clips without bounces.
     """
 
     error: float
@@ -324,31 +270,17 @@ class ClipScore:
 
 def score_clip(truth: Sequence[Scene], found: Sequence[Sequence[tuple[float, float] | None]]) -> ClipScore:
     """Of the centres that were found in each frame, in the order of its true objects (None: lost)."""
-    ways = list(zip(*([(thing.x, thing.y) for thing in scene.things] for scene in truth), strict=True))
-    tracks = list(zip(*found, strict=True))
-    away = [
-        math.dist(place, there) if there else 1.0
-        for way, track in zip(ways, tracks, strict=True)
-        for place, there in zip(way, track, strict=True)
-    ]
-    least = SLOWEST * (len(truth) - 1) / 2
-    gone = fmean(sum(math.dist(a, b) for a, b in pairwise(way)) for way in ways)
-    return ClipScore(
-        error=fmean(away) / (gone or (SLOWEST + FASTEST) / 2 * (len(truth) - 1)),
-        lost=any(there is None for track in tracks for there in track),
-        steered=all(_steered(way, track, least) for way, track in zip(ways, tracks, strict=True)),
-    )
-
-
-def _steered(
-    way: Sequence[tuple[float, float]], track: Sequence[tuple[float, float] | None], least: float
-) -> bool:
-    """Whether a track leads within 45° of a way's direction, for a distance of `least` or more."""
-    if track[0] is None or track[-1] is None:
-        return False
-    (x, y), (to_x, to_y) = ((b[0] - a[0], b[1] - a[1]) for a, b in ((track[0], track[-1]), (way[0], way[-1])))
-    went, goes = math.hypot(x, y), math.hypot(to_x, to_y)
-    return went >= least and x * to_x + y * to_y >= went * goes * math.cos(math.pi / 4)
+    ways = np.array([[(thing.x, thing.y) for thing in scene.things] for scene in truth])
+    tracks = np.array([[place or (math.nan, math.nan) for place in row] for row in found])
+    away = np.linalg.norm(tracks - ways, axis=2)
+    gone = np.linalg.norm(np.diff(ways, axis=0), axis=2).sum(axis=0).mean()
+    went, goes = tracks[-1] - tracks[0], ways[-1] - ways[0]
+    far, along = np.linalg.norm(went, axis=1), (went * goes).sum(axis=1)
+    straight = along >= far * np.linalg.norm(goes, axis=1) * math.cos(math.pi / 4)
+    steps = len(truth) - 1
+    error = np.nan_to_num(away, nan=1.0).mean() / (gone or (SLOWEST + FASTEST) / 2 * steps)
+    steered = straight & (far >= SLOWEST * steps / 2)
+    return ClipScore(float(error), lost=bool(np.isnan(away).any()), steered=bool(steered.all()))
 
 
 def turned_frame(views: Sequence[Scene]) -> tuple[int, Spec] | None:
@@ -356,17 +288,15 @@ def turned_frame(views: Sequence[Scene]) -> tuple[int, Spec] | None:
     truth than to one object left as in the first frame, or turned the other way. None where not all turn.
     """
 
-    def wrong(frame: int) -> list[tuple[float, Scene]]:
+    def wrong(scene: Scene) -> list[tuple[float, Scene]]:
         """Views with one object turned otherwise, and by how much."""
-        scene, found = views[frame], []
-        for number, (thing, start) in enumerate(zip(scene.things, views[0].things, strict=True)):
-            for rotation in (start.rotation, 2 * start.rotation - thing.rotation):
-                things = list(scene.things)
-                things[number] = replace(thing, rotation=rotation)
-                away = turn_between(thing.shape, thing.rotation, rotation)
-                found.append((away, Scene(scene.ground, tuple(things))))
-        return found
+        return [
+            (turn_between(thing.shape, thing.rotation, turn), scene.put(thing, replace(thing, rotation=turn)))
+            for thing, start in zip(scene.things, views[0].things, strict=True)
+            for turn in (start.rotation, 2 * start.rotation - thing.rotation)
+        ]
 
-    clearness, best = max((min(away for away, _ in wrong(frame)), frame) for frame in range(len(views)))
-    spec = Spec(view=views[best], wrong=tuple(scene for _, scene in wrong(best)))
+    found = [(min(away for away, _ in wrong(scene)), number) for number, scene in enumerate(views)]
+    clearness, best = max(found)
+    spec = Spec(view=views[best], wrong=tuple(scene for _, scene in wrong(views[best])))
     return (best, spec) if clearness else None

@@ -1,14 +1,12 @@
 """Prompts that are hard at once and easy step by step: the thought has the steps."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-from openbagel.world.choice import fitting_sizes, place, rivals, sample_looks, shuffled, some_others
-from openbagel.world.exercise import Draws, Example, Said, Shown, Spec, Task, Thinks, Writes
-from openbagel.world.language import CORNERS, NUMBERS, Phrase, enumerate_words, layout
-from openbagel.world.scene import Look, Scene, Shape, Thing, World
+from openbagel.world.choice import Choice, again, require
+from openbagel.world.exercise import Draws, Said, Shown, Spec, Steps, Thinks, Writes, kinds
+from openbagel.world.language import NUMBERS, Phrase, enumerate_words, layout
+from openbagel.world.scene import Look, Scene, Shape, Thing
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,210 +21,184 @@ Subject = tuple[Scene, Thing, Riddle]
 """A picture, an object of it, and a riddle for that."""
 
 
-def think_draw(world: World, rng: random.Random, held_out: bool) -> Example:
+def think_draw(choose: Choice) -> Steps:
     """Draw "as many red circles as five minus two minus one", or of a colour or shape that is to be found."""
-    look = world.sample_look(rng, held_out=held_out)
-    same = [shape for shape in world.shapes if CORNERS[shape] == CORNERS[look.shape]]
-    by_corners = ("corners", "count corners", "colour corners") if len(same) == 1 else ()
-    hidden = rng.choice(("count", "colour", "count colour", "count colour", *by_corners))
+    look = choose.look()
+    alike = sum(shape.corners == look.shape.corners for shape in choose.world.shapes)
+    by_corners = ("corners", "count corners", "colour corners") if alike == 1 else ()
+    hidden = choose.pick(("count", "colour", "count colour", "count colour", *by_corners))
     named = Phrase(None if "corners" in hidden else look.shape, None if "colour" in hidden else look.colour)
-    count, clauses = 1, [Riddle(named.indefinite(), "")]
+    count, riddles = 1, [Riddle(named.indefinite(), "")]
     if "count" in hidden:
-        count = rng.choice(world.counts((look.shape, look.colour), held_out=False))
-        total = sum_riddle(rng, count)
-        clauses = [Riddle(f"as many {named.noun(plural=True)} as {total.words}", total.thought)]
+        count = choose.pick(choose.world.counts(look.pair, held_out=False))
+        riddles = [sum_riddle(choose, count, f"as many {named.noun(plural=True)} as {{}}")]
     if "colour" in hidden:
-        riddle = _chain(world, rng, look) if rng.random() < 1 / 2 else None
-        clauses.append(riddle or _left_over(world, rng, look))
+        riddles.append((choose.chance(1 / 2) and _chain(choose, look)) or _left_over(choose, look))
     if "corners" in hidden:
-        total = _corner_riddle(rng, look.shape)
-        clauses.append(Riddle(f"the number of corners is {total.words}", total.thought))
-    phrase = Phrase(look.shape, look.colour, count=count)
-    target = place(world, rng, sample_looks(world, rng, count, phrase.matches, also=look))
-    thoughts = [clause.thought for clause in clauses if clause.thought]
-    thought = f"{' '.join(thoughts)} so {phrase.indefinite()}: {layout(target)}"
-    prompt = ". ".join(clause.words for clause in clauses)
-    return Example("think_draw", (Said(prompt), Thinks(thought), Draws(target, Spec((phrase,)))))
+        riddles.append(_corner_riddle(choose, look.shape, "the number of corners is {}"))
+    phrase = Phrase(*look.pair, count=count)
+    target = choose.place(choose.looks(count, phrase.matches, also=look))
+    thoughts = [*filter(None, (riddle.thought for riddle in riddles)), f"so {phrase.indefinite()}:"]
+    prompt = ". ".join(riddle.words for riddle in riddles)
+    return Said(prompt), Thinks(" ".join([*thoughts, layout(target)])), Draws(target, Spec((phrase,)))
 
 
-def think_edit(world: World, rng: random.Random, held_out: bool) -> Example:
+def think_edit(choose: Choice) -> Steps:
     """Edit: "remove the odd one out", "add as many red circles as squares minus one"."""
-    return rng.choice((_add_many, _remove, _recolour))(world, rng, held_out)
+    return choose.pick((_add_many, _remove, _recolour))(choose)
 
 
-def think_ask(world: World, rng: random.Random, held_out: bool) -> Example:
+def think_ask(choose: Choice) -> Steps:
     """Ask "what colour is the odd one out?", "how much is circles minus squares plus two?"."""
-    if rng.random() < 1 / 2:
-        looks, riddle, total = _counted(world, rng, held_out, most=world.max_things)
-        scene, question, answer = shuffled(world, rng, looks), f"how much is {riddle.words}?", NUMBERS[total]
+    if choose.chance(1 / 2):
+        looks, riddle, total = _counted(choose, choose.world.max_things)
+        scene, question, answer = choose.shuffled(looks), f"how much is {riddle.words}?", NUMBERS[total]
     else:
-        scene, thing, riddle = _subject(world, rng, held_out)
-        about = "colour" if "corners" in riddle.words or rng.random() < 1 / 2 else "shape"
+        scene, thing, riddle = _subject(choose)
+        about = "colour" if "corners" in riddle.words or choose.chance(1 / 2) else "shape"
         question, answer = f"what {about} is {riddle.words}?", str(getattr(thing, about))
-    return Example("think_ask", (Shown(scene), Said(question), Thinks(riddle.thought), Writes(answer)))
+    return Shown(scene), Said(question), Thinks(riddle.thought), Writes(answer)
 
 
-REASON: dict[str, Task] = {task.__name__: task for task in (think_draw, think_edit, think_ask)}
+REASON = kinds(think_draw, think_edit, think_ask)
 
 
 # edits ------------------------------------------------------------------------------------------------------
 
 
-def _remove(world: World, rng: random.Random, held_out: bool) -> Example:
-    scene, thing, riddle = _subject(world, rng, held_out)
-    rest = tuple(other for other in scene.things if other is not thing)
-    spec = Spec(ground=scene.ground, kept=rest)
-    return _edited(scene, f"remove {riddle.words}", riddle.thought, replace(scene, things=rest), spec)
+def _remove(choose: Choice) -> Steps:
+    scene, thing, riddle = _subject(choose)
+    return _edited(scene, f"remove {riddle.words}", riddle.thought, scene.put(thing))
 
 
-def _recolour(world: World, rng: random.Random, held_out: bool) -> Example:
-    while True:
-        scene, thing, riddle = _subject(world, rng, held_out)
-        free = world.pairs(held_out=False)
-        colour = rng.choice([c for s, c in free if s == thing.shape and c != thing.colour])
-        after = replace(thing, colour=colour)
-        things = tuple(after if other is thing else other for other in scene.things)
-        if world.allows(things):
-            break
-    prompt, thought = f"make {riddle.words} {colour}", riddle.thought
-    if rng.random() < 1 / 2:
-        hidden = _left_over(world, rng, Look(thing.shape, colour, thing.size))
+@again
+def _recolour(choose: Choice) -> Steps:
+    scene, thing, riddle = _subject(choose)
+    after = replace(thing, colour=choose.pick(choose.free().colours(thing)))
+    target = scene.put(thing, after)
+    require(choose.world.allows(target.things))
+    prompt, thought = f"make {riddle.words} {after.colour}", riddle.thought
+    if choose.chance(1 / 2):
+        hidden = _left_over(choose, after)
         prompt, thought = f"recolour {riddle.words}. {hidden.words}", f"{thought} {hidden.thought}"
-    spec = Spec(ground=scene.ground, kept=things)
-    return _edited(scene, prompt, thought, replace(scene, things=things), spec)
+    return _edited(scene, prompt, thought, target)
 
 
-def _add_many(world: World, rng: random.Random, held_out: bool) -> Example:
+def _add_many(choose: Choice) -> Steps:
     """As many as a sum over the picture."""
-    count = rng.randint(1, world.max_things - 1)
-    counted, riddle, _ = _counted(world, rng, False, most=world.max_things - count, total=count)
-    look = world.sample_look(rng, held_out=held_out)
-    phrase = Phrase(look.shape, look.colour, count=count)
-    added = sample_looks(world, rng, count, phrase.matches, also=look)
-    target = place(world, rng, [*rng.sample(counted, len(counted)), *added])
-    scene = replace(target, things=target.things[:-count])
+    count = choose.rng.randint(1, choose.world.max_things - 1)
+    counted, riddle, _ = _counted(choose.free(), choose.world.max_things - count, total=count)
+    look = choose.look()
+    phrase = Phrase(*look.pair, count=count)
+    added = choose.looks(count, phrase.matches, also=look)
+    target = choose.place([*choose.rng.sample(counted, len(counted)), *added])
     prompt = f"add as many {phrase.noun(plural=True)} as {riddle.words}"
-    spec = Spec((phrase,), ground=scene.ground, kept=scene.things)
-    return _edited(scene, prompt, f"{riddle.thought} so {phrase.indefinite()}:", target, spec)
+    thought = f"{riddle.thought} so {phrase.indefinite()}:"
+    return _edited(replace(target, things=target.things[:-count]), prompt, thought, target, phrase)
 
 
-def _edited(scene: Scene, prompt: str, thought: str, target: Scene, spec: Spec) -> Example:
-    thinks = Thinks(f"{thought} {layout(target)}")
-    return Example("think_edit", (Shown(scene), Said(prompt), thinks, Draws(target, spec)))
+def _edited(scene: Scene, prompt: str, thought: str, target: Scene, *added: Phrase) -> Steps:
+    kept = scene.things if added else target.things
+    spec = Spec(added, ground=scene.ground, kept=kept)
+    return Shown(scene), Said(prompt), Thinks(f"{thought} {layout(target)}"), Draws(target, spec)
 
 
 # riddles for numbers ----------------------------------------------------------------------------------------
 
 
-Terms = Sequence[tuple[int, int]]
-"""Signs, 1 or -1, and numbers; the first is added."""
+@again
+def sum_riddle(choose: Choice, value: int, words: str = "{}") -> Riddle:
+    """Three numbers that make `value`, in place of {}."""
+    rng = choose.rng
+    terms = [(1, rng.randint(1, 9)), *((rng.choice((1, -1)), rng.randint(1, 6)) for _ in range(2))]
+    require(sum(sign * number for sign, number in terms) == value)
+    total = _sum(terms)
+    return Riddle(words.format(total.words), total.thought)
 
 
-def sum_riddle(rng: random.Random, value: int) -> Riddle:
-    """Three numbers that make `value`."""
-    while True:
-        terms = [(1, rng.randint(1, 9)), *((rng.choice((1, -1)), rng.randint(1, 6)) for _ in range(2))]
-        thought = _reckoned(terms)
-        if thought.endswith(f" is {NUMBERS[value]}."):
-            return Riddle(_spoken(terms), thought)
-
-
-def _corner_riddle(rng: random.Random, shape: Shape) -> Riddle:
-    total = sum_riddle(rng, CORNERS[shape])
+def _corner_riddle(choose: Choice, shape: Shape, words: str) -> Riddle:
+    total = sum_riddle(choose, shape.corners, words)
     return Riddle(total.words, f"{total.thought} {corner_fact(shape)}")
 
 
 def corner_fact(shape: Shape) -> str:
-    return f"{Phrase(shape).indefinite()} has {NUMBERS[CORNERS[shape]]} corners."
+    return f"{Phrase(shape).indefinite()} has {NUMBERS[shape.corners]} corners."
 
 
-def _counted(
-    world: World, rng: random.Random, held_out: bool, *, most: int, total: int | None = None
-) -> tuple[list[Look], Riddle, int]:
+@again
+def _counted(choose: Choice, most: int, total: int | None = None) -> tuple[list[Look], Riddle, int]:
     """At most so many objects, and a sum over their numbers with its total. Without the picture each value of
     its first part is as likely.
     """
-    while True:
-        value, sign = rng.randint(1, most), rng.choice((1, -1))
-        two = rivals(world, rng, held_out, most=most, wanted=partial(_makes, value, sign))
-        rest = rng.choice((-1, 1, 2, 3, 4, 5, 6)) if total is None else total - value
-        terms = ((1, two.first), (sign, two.second), (1 if rest > 0 else -1, abs(rest)))
-        if rest and (reckoned := _reckoned(terms)):
-            break
-    words = (two.a.noun(plural=True), two.b.noun(plural=True), NUMBERS[abs(rest)])
-    seen = [replace(two.a, count=two.first).indefinite(), replace(two.b, count=two.second).indefinite()]
-    riddle = Riddle(_spoken(terms, words), f"{' and '.join(seen)}. {reckoned}")
-    return two.looks, riddle, value + rest
+    value, sign = choose.rng.randint(1, most), choose.pick((1, -1))
+    a, b, looks = choose.rivals(most, lambda m, n: m + sign * n == value)
+    rest = choose.pick((-1, 1, 2, 3, 4, 5, 6)) if total is None else total - value
+    require(rest != 0)
+    terms = ((1, a.count), (sign, b.count), (1 if rest > 0 else -1, abs(rest)))
+    riddle = _sum(terms, a.noun(plural=True), b.noun(plural=True), NUMBERS[abs(rest)])
+    thought = f"{a.indefinite()} and {b.indefinite()}. {riddle.thought}"
+    return looks, Riddle(riddle.words, thought), value + rest
 
 
-def _makes(value: int, sign: int, first: int, second: int) -> bool:
-    return first + sign * second == value
-
-
-def _spoken(terms: Terms, words: Sequence[str] = ()) -> str:
-    """With `words` in place of the numbers."""
-    words = words or [NUMBERS[number] for _, number in terms]
-    signs = [" plus " if sign > 0 else " minus " for sign, _ in terms]
-    return words[0] + "".join(sign + word for sign, word in zip(signs[1:], words[1:], strict=True))
-
-
-def _reckoned(terms: Terms) -> str:
-    """Every step from left to right, or "" where there is no word for a number."""
+def _sum(terms: Sequence[tuple[int, int]], *names: str) -> Riddle:
+    """Of signs, 1 or -1, and numbers, or their names, with every step from left to right; impossible where
+    there is no word for a number. The first is added.
+    """
+    signs = ["plus" if sign > 0 else "minus" for sign, _ in terms]
+    first, *others = names or [NUMBERS[number] for _, number in terms]
     steps, total = [], terms[0][1]
-    for sign, number in terms[1:]:
+    for word, (sign, number) in list(zip(signs, terms, strict=True))[1:]:
         before, total = total, total + sign * number
-        if not 0 <= total < len(NUMBERS):
-            return ""
-        steps.append(f"{_spoken([(1, before), (sign, number)])} is {NUMBERS[total]}.")
-    return " ".join(steps)
+        require(0 <= total < len(NUMBERS))
+        steps.append(f"{NUMBERS[before]} {word} {NUMBERS[number]} is {NUMBERS[total]}.")
+    words = [first, *map(" ".join, zip(signs[1:], others, strict=True))]
+    return Riddle(" ".join(words), " ".join(steps))
 
 
 # riddles for colours ----------------------------------------------------------------------------------------
 
 
-def _left_over(world: World, rng: random.Random, look: Look) -> Riddle:
+def _left_over(choose: Choice, look: Look) -> Riddle:
     """The one of four colours that is not ruled out."""
-    others = rng.sample([colour for colour in world.colours if colour != look.colour], 3)
-    colours = rng.sample([look.colour, *others], 4)
-    tried = [f"{c} is {'left' if c == look.colour else 'out'}." for c in colours]
-    rest = enumerate_words(rng.sample(others, 3), "or")
+    sample = choose.rng.sample
+    others = sample([colour for colour in choose.world.colours if colour != look.colour], 3)
+    colours = sample([look.colour, *others], 4)
+    tried = [f"{colour} is {'left' if colour == look.colour else 'out'}." for colour in colours]
+    rest = enumerate_words(sample(others, 3), "or")
     return Riddle(f"the colour is {enumerate_words(colours, 'or')}, but not {rest}", " ".join(tried))
 
 
-def _chain(world: World, rng: random.Random, look: Look) -> Riddle | None:
+def _chain(choose: Choice, look: Look) -> Riddle | None:
     """The colour of a shape that is like another one; nothing where too few shapes may have that colour."""
-    free = [pair for pair in world.pairs(held_out=False) if pair[0] != look.shape]
+    free = [pair for pair in choose.world.pairs(held_out=False) if pair[0] != look.shape]
     shapes = [shape for shape, colour in free if colour == look.colour]
     if len(shapes) < 2:
         return None
-    near, far = rng.sample(shapes, 2)
-    other = rng.choice([pair for pair in free if pair[0] not in (near, far) and pair[1] != look.colour])
+    near, far = choose.rng.sample(shapes, 2)
+    other = choose.pick([pair for pair in free if pair[0] not in (near, far) and pair[1] != look.colour])
     like, known = f"the {near} is like the {far}", f"the {far} is {look.colour}"
-    facts = rng.sample([like, known, f"the {other[0]} is {other[1]}"], 3)
+    facts = choose.rng.sample([like, known, f"the {other[0]} is {other[1]}"], 3)
     return Riddle(f"the colour is that of the {near}. {'. '.join(facts)}", f"{like}. {known}.")
 
 
 # riddles for objects ----------------------------------------------------------------------------------------
 
 
-def _subject(world: World, rng: random.Random, held_out: bool) -> Subject:
+@again
+def _subject(choose: Choice) -> Subject:
     """In a picture of two objects or more; the one to find is held out or not."""
-    while True:
-        if subject := rng.choice((_odd, _odd, _odd, _cornered))(world, rng, held_out):
-            return subject
+    return choose.pick((_odd, _odd, _odd, _cornered))(choose)
 
 
-def _odd(world: World, rng: random.Random, held_out: bool) -> Subject | None:
+def _odd(choose: Choice) -> Subject:
     """ "the odd one out": all others share a shape, a colour or a size, and in nothing else is one alone."""
-    count = rng.randint(3, world.max_things)
-    odd, by = world.sample_look(rng, held_out=held_out, count=count), rng.choice(("shape", "colour", "size"))
-    (other,) = sample_looks(world, rng, 1, lambda o: getattr(o, by) != getattr(odd, by))
+    count = choose.rng.randint(3, choose.world.max_things)
+    odd, by = choose.look(count), choose.pick(("shape", "colour", "size"))
+    (other,) = choose.looks(1, lambda one: getattr(one, by) != getattr(odd, by))
     same = getattr(other, by)
-    others = sample_looks(world, rng, count - 1, lambda o: getattr(o, by) == same)
-    looks = fitting_sizes(world, [odd, *others])
-    if _alone(looks) != {0}:
-        return None
-    scene = shuffled(world, rng, looks)
+    looks = choose.fitted([odd, *choose.looks(count - 1, lambda one: getattr(one, by) == same)])
+    require(_alone(looks) == {0})
+    scene = choose.shuffled(looks)
     (at,) = _alone(scene.things)
     thing = scene.things[at]
     shared = Phrase(same).noun(plural=True) if by == "shape" else same
@@ -234,7 +206,7 @@ def _odd(world: World, rng: random.Random, held_out: bool) -> Subject | None:
     return scene, thing, Riddle("the odd one out", thought)
 
 
-def _alone(looks: Sequence[Look] | Sequence[Thing]) -> set[int]:
+def _alone(looks: Sequence[Look]) -> set[int]:
     """The places of objects that alone differ from all others, which are alike, in an attribute."""
     found = set()
     for name in ("shape", "colour", "size"):
@@ -244,13 +216,12 @@ def _alone(looks: Sequence[Look] | Sequence[Thing]) -> set[int]:
     return found
 
 
-def _cornered(world: World, rng: random.Random, held_out: bool) -> Subject:
+def _cornered(choose: Choice) -> Subject:
     """ "the object with five minus two corners", of a picture that has one."""
-    look = world.sample_look(rng, held_out=held_out)
-    count = CORNERS[look.shape]
-    others = some_others(world, rng, lambda other: CORNERS[other.shape] != count, least=1)
-    scene = shuffled(world, rng, [look, *others])
+    look = choose.look()
+    others = choose.others(lambda other: other.shape.corners != look.shape.corners, least=1)
+    scene = choose.shuffled([look, *others])
     (thing,) = (thing for thing in scene.things if thing.shape == look.shape)
-    riddle = _corner_riddle(rng, look.shape)
+    riddle = _corner_riddle(choose, look.shape, "the object with {} corners")
     thought = f"{riddle.thought} so it is {Phrase.of(thing).definite()}."
-    return scene, thing, Riddle(f"the object with {riddle.words} corners", thought)
+    return scene, thing, Riddle(riddle.words, thought)

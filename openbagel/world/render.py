@@ -1,26 +1,24 @@
 """Views to pictures: signed distance fields on a pixel grid, for many views at once, at any size.
 
-Shape suffixes: B views, N objects of all scenes, S solids, K sides of a solid, H and W pixels.
+Shape suffixes: B views, N objects of all scenes, K sides of a solid, H and W pixels.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from openbagel.world.scene import COLOUR_RGB, GROUND_RGB, HALF_BOX, Scene, Shape, Solid, Thing, View
+from openbagel.world.scene import Colour, Ground, Scene, Shape, Solid, Thing, View
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Signed distance (negative inside) at points x (right) and y (down), all in units of the object's radius."""
 SOLID_SIDE = 0.44
 """Width and height of a solid's side that faces the viewer, as fractions of the picture's side."""
 SOLID_HEIGHT = 0.6
-_AT_ONCE = {"cpu": 32}
-"""Views drawn at once: on a CPU so many that their objects stay in its cache."""
+_AT_ONCE = 32
+"""Views drawn at once on a CPU: so many that their objects stay in its cache."""
 
 
 def render(views: Sequence[View], side: int, device: torch.device | str = "cpu") -> Tensor:
@@ -28,53 +26,46 @@ def render(views: Sequence[View], side: int, device: torch.device | str = "cpu")
 
     Objects may lie partly or wholly outside.
     """
-    step = _AT_ONCE.get(torch.device(device).type, 4096)
-    chunks = [views[start : start + step] for start in range(0, len(views), step)]
-    pictures = [_render(chunk, side, device) for chunk in chunks]
-    return torch.cat(pictures) if pictures else torch.empty(0, 3, side, side, device=device)
+    step = _AT_ONCE if torch.device(device).type == "cpu" else 4096
+    chunks = [_render(views[start : start + step], side, device) for start in range(0, len(views), step)]
+    return torch.cat(chunks) if chunks else torch.empty(0, 3, side, side, device=device)
 
 
 def _render(views: Sequence[View], side: int, device: torch.device | str) -> Tensor:
-    canvas_B3HW = _rgb([GROUND_RGB[view.ground] for view in views], device).repeat(1, 1, side, side)
-    layers = [
-        (layer, row, thing)
-        for row, view in enumerate(views)
-        if isinstance(view, Scene)
-        for layer, thing in enumerate(view.things)
-    ]
-    layers.sort(key=lambda found: found[0])
-    alpha_N1HW = coverage([thing for *_, thing in layers], side, device)[:, None]
-    colours_N311 = _rgb([COLOUR_RGB[thing.colour] for *_, thing in layers], device)
-    rows_N = torch.tensor([row for _, row, _ in layers], dtype=torch.long, device=device)
-    start = 0
-    for count in Counter(layer for layer, *_ in layers).values():
-        some = slice(start, start + count)
-        below = canvas_B3HW[rows_N[some]]
-        canvas_B3HW[rows_N[some]] = torch.lerp(below, colours_N311[some].expand_as(below), alpha_N1HW[some])
-        start += count
-    solids = [(row, view) for row, view in enumerate(views) if isinstance(view, Solid)]
-    if solids:
-        rows_S = torch.tensor([row for row, _ in solids], device=device)
-        canvas_B3HW[rows_S] = _over(canvas_B3HW[rows_S], [solid for _, solid in solids])
+    canvas_B3HW = _rgb([view.ground for view in views], device).repeat(1, 1, side, side)
+    scenes = [(row, view) for row, view in enumerate(views) if isinstance(view, Scene)]
+    things = [thing for _, scene in scenes for thing in scene.things]
+    alpha_N1HW = coverage(things, side, device)[:, None]
+    colours_N311 = _rgb([thing.colour for thing in things], device)
+    rows_N = torch.tensor([row for row, scene in scenes for _ in scene.things], device=device)
+    layers_N = torch.tensor([layer for _, scene in scenes for layer in range(len(scene.things))])
+    for layer in layers_N.unique():
+        some = (layers_N == layer).nonzero()[:, 0].to(device)
+        rows = rows_N[some]
+        below = canvas_B3HW[rows]
+        canvas_B3HW[rows] = torch.lerp(below, colours_N311[some].expand_as(below), alpha_N1HW[some])
+    for row, view in enumerate(views):
+        if isinstance(view, Solid):
+            canvas_B3HW[row] = _over(canvas_B3HW[row], view)
     return canvas_B3HW
 
 
-def _rgb(colours: Sequence[tuple[int, int, int]], device: torch.device | str) -> Tensor:
-    return torch.tensor(colours, device=device).reshape(-1, 3, 1, 1) / 255
+def _rgb(paints: Sequence[Colour | Ground], device: torch.device | str) -> Tensor:
+    return torch.tensor([paint.rgb for paint in paints], device=device).reshape(-1, 3, 1, 1) / 255
 
 
-def _over(canvas_S3HW: Tensor, solids: Sequence[Solid]) -> Tensor:
-    """Draw a solid on each picture: the sides that face the viewer, as rectangles side by side."""
-    side, device = canvas_S3HW.shape[-1], canvas_S3HW.device
-    turns = torch.tensor([solid.turn for solid in solids], dtype=torch.float64)
-    angle_SK1 = (turns[:, None, None] + torch.arange(4)[:, None] * (math.pi / 2)).to(device)
-    middle, half = 0.5 + SOLID_SIDE / 2 * angle_SK1.sin(), SOLID_SIDE / 2 * angle_SK1.cos().clamp(min=0)
-    across_SKW = _share_between(middle - half, middle + half, side)
+def _over(canvas_3HW: Tensor, solid: Solid) -> Tensor:
+    """Draw a solid on a picture: the sides that face the viewer, as rectangles side by side."""
+    side, device = canvas_3HW.shape[-1], canvas_3HW.device
+    turn = torch.tensor([[solid.turn]], dtype=torch.float64)
+    angle_K1 = (turn + torch.arange(4)[:, None] * (math.pi / 2)).to(device)
+    middle, half = 0.5 + SOLID_SIDE / 2 * angle_K1.sin(), SOLID_SIDE / 2 * angle_K1.cos().clamp(min=0)
+    across_KW = _share_between(middle - half, middle + half, side)
     half_height = torch.full((1, 1), SOLID_HEIGHT / 2, device=device)
     down_H = _share_between(0.5 - half_height, 0.5 + half_height, side)[0]
-    colours_S3K = _rgb([COLOUR_RGB[c] for solid in solids for c in solid.sides], device).reshape(-1, 4, 3).mT
-    sides_S3W = colours_S3K @ across_SKW + canvas_S3HW[:, :, 0] * (1 - across_SKW.sum(dim=1, keepdim=True))
-    return torch.lerp(canvas_S3HW, sides_S3W[:, :, None].expand_as(canvas_S3HW), down_H[:, None])
+    colours_3K = _rgb(solid.sides, device)[:, :, 0, 0].T
+    sides_3W = colours_3K @ across_KW + canvas_3HW[:, 0] * (1 - across_KW.sum(dim=0))
+    return torch.lerp(canvas_3HW, sides_3W[:, None].expand_as(canvas_3HW), down_H[:, None])
 
 
 def _share_between(low_X1: Tensor, high_X1: Tensor, side: int) -> Tensor:
@@ -97,14 +88,13 @@ def to_picture(pixels: Tensor) -> Image.Image:
 def coverage(things: Sequence[Thing], side: int, device: torch.device | str = "cpu") -> Tensor:
     """How much of each pixel every object covers: float[N, side, side] in [0, 1]."""
     grid = (torch.arange(side, device=device) + 0.5) / side
-    numbers_N4 = np.array([(t.x, t.y, t.radius, t.rotation) for t in things], np.float64).reshape(-1, 4)
-    turned = np.stack([np.cos(numbers_N4[:, 3]), np.sin(numbers_N4[:, 3])], axis=1)
-    numbers_N5 = torch.from_numpy(np.concatenate([numbers_N4[:, :3], turned], axis=1)).float().to(device)
+    numbers = [(t.x, t.y, t.radius, math.cos(t.rotation), math.sin(t.rotation)) for t in things]
+    numbers_N5 = torch.tensor(numbers, device=device)
     covered_NHW = torch.empty(len(things), side, side, device=device)
-    rows: dict[Shape, list[int]] = {}
-    for row, thing in enumerate(things):
-        rows.setdefault(thing.shape, []).append(row)
-    for shape, some in rows.items():
+    places: dict[Shape, list[int]] = {}
+    for n, thing in enumerate(things):
+        places.setdefault(thing.shape, []).append(n)
+    for shape, some in places.items():
         index = torch.tensor(some, device=device)
         x, y, radius, cos, sin = numbers_N5[index].reshape(-1, 5, 1, 1).unbind(1)
         dx, dy = (grid - x) / radius, (grid[:, None] - y) / radius
@@ -113,24 +103,8 @@ def coverage(things: Sequence[Thing], side: int, device: torch.device | str = "c
     return covered_NHW
 
 
-def _circle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 1
-
-
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.7).abs() - 0.3
-
-
 def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
     return torch.maximum(x.abs() - half_width, y.abs() - half_height)
-
-
-def _square(x: Tensor, y: Tensor) -> Tensor:
-    return _box(x, y, *HALF_BOX[Shape.SQUARE])
-
-
-def _cross(x: Tensor, y: Tensor) -> Tensor:
-    return torch.minimum(_box(x, y, 1.0, 0.36), _box(x, y, 0.36, 1.0))
 
 
 def _wedge(x: Tensor, y: Tensor, tip: float, base: float, half: float = 1.0) -> Tensor:
@@ -140,12 +114,8 @@ def _wedge(x: Tensor, y: Tensor, tip: float, base: float, half: float = 1.0) -> 
     return torch.maximum(y - base, side)
 
 
-def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    return _wedge(x, y, -0.87, 0.87)
-
-
 def _diamond(x: Tensor, y: Tensor) -> Tensor:
-    width, height = HALF_BOX[Shape.DIAMOND]
+    width, height = Shape.DIAMOND.half_box
     return (height * x.abs() + width * y.abs() - width * height) / math.hypot(width, height)
 
 
@@ -170,25 +140,16 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(disc, wedge)
 
 
-def _moon(x: Tensor, y: Tensor) -> Tensor:
-    """A disc without a smaller one that reaches over its right side."""
-    return torch.maximum(torch.hypot(x - 0.2, y) - 1, 0.8 - torch.hypot(x - 0.8, y))
-
-
-def _arrow(x: Tensor, y: Tensor) -> Tensor:
-    """It points upwards."""
-    return torch.minimum(_wedge(x, y, -1.0, 0.0, half=0.9), _box(x, y - 0.4, 0.34, 0.6))
-
-
 _DISTANCES: dict[Shape, Distance] = {
-    Shape.CIRCLE: _circle,
-    Shape.SQUARE: _square,
-    Shape.TRIANGLE: _triangle,
-    Shape.CROSS: _cross,
+    Shape.CIRCLE: lambda x, y: torch.hypot(x, y) - 1,
+    Shape.SQUARE: lambda x, y: _box(x, y, *Shape.SQUARE.half_box),
+    Shape.TRIANGLE: lambda x, y: _wedge(x, y, -0.87, 0.87),
+    Shape.CROSS: lambda x, y: torch.minimum(_box(x, y, 1.0, 0.36), _box(x, y, 0.36, 1.0)),
     Shape.STAR: _star,
-    Shape.RING: _ring,
+    Shape.RING: lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.3,
     Shape.HEART: _heart,
     Shape.DIAMOND: _diamond,
-    Shape.MOON: _moon,
-    Shape.ARROW: _arrow,
+    # a disc without a smaller one that reaches over its right side
+    Shape.MOON: lambda x, y: torch.maximum(torch.hypot(x - 0.2, y) - 1, 0.8 - torch.hypot(x - 0.8, y)),
+    Shape.ARROW: lambda x, y: torch.minimum(_wedge(x, y, -1.0, 0.0, 0.9), _box(x, y - 0.4, 0.34, 0.6)),
 }

@@ -6,31 +6,31 @@ thought before those  reasoning {…, thought}                 film    video_int
 turns, stories        web_interleaved {texts, images, learned}
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
 
 from openbagel.data.samples import Picture
 from openbagel.data.tasks import Row
-from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Thinks, Writes
+from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Thinks, Writes, views
 from openbagel.world.render import render, render_picture, to_picture
 from openbagel.world.scene import View
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True)
 class Gallery:
     """The views of one exercise, rendered together when the first of them is opened."""
 
-    views: tuple[View, ...]
+    views: list[View]
     side: int
-    pictures: list[Image.Image] = field(default_factory=list, compare=False, repr=False)
 
-    def open(self, place: int) -> Image.Image:
-        if not self.pictures:
-            self.pictures = [to_picture(pixels) for pixels in render(self.views, self.side)]
-        return self.pictures[place]
+    @cached_property
+    def pictures(self) -> list[Image.Image]:
+        return [to_picture(pixels) for pixels in render(self.views, self.side)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +41,13 @@ class Rendering(Picture):
     place: int
 
     def open(self) -> Image.Image:
-        return self.gallery.open(self.place)
+        return self.gallery.pictures[self.place]
 
 
 def renderings(steps: Sequence[Step], side: int) -> list[Rendering]:
     """Of the pictures of all steps in order, frames too."""
-    views: list[View] = []
-    for step in steps:
-        match step:
-            case Shown(view) | Draws(view):
-                views.append(view)
-            case Films(frames):
-                views += frames
-    gallery = Gallery(tuple(views), side)
-    return [Rendering(b"", (side, side), gallery, place) for place in range(len(views))]
+    gallery = Gallery(views(steps), side)
+    return [Rendering(b"", (side, side), gallery, place) for place in range(len(gallery.views))]
 
 
 def as_heard(step: Said | Shown, side: int) -> str | Image.Image:
@@ -66,25 +59,28 @@ def row(example: Example, side: int, thinks: bool = False) -> tuple[str, Row]:
     """(task, row): pictures are `Rendering`s of `side` pixels. Thoughts are left out unless it thinks; in
     turns and stories they always are.
     """
-    steps = (example if thinks else example.without_thought()).steps
+    steps = example.without_thought().steps
+    thoughts = [step.words for step in example.steps if thinks and isinstance(step, Thinks)]
+    thought = {"thought": thoughts[0]} if thoughts else {}
     pictures = renderings(steps, side)
-    if not example.decides:
-        match steps:
-            case (Writes(words),):
-                return "text", {"text": words}
-            case (*_, Films()):
-                return "video_interleaved", _clip(steps, pictures)
-            case (Said(prompt), Draws()):
-                return "t2i_pretrain", {"image": pictures[0], "captions": {"prompt": prompt}}
-            case (Shown(), Said(prompt), Draws()):
-                return "unified_edit", {"image_list": pictures, "instruction_list": [[prompt]]}
-            case (Said(prompt), Thinks(thought), Draws()):
-                fields = {"image": pictures[0], "captions": {"prompt": prompt}, "thought": thought}
-                return "reasoning", fields
-            case (Shown(), Said(prompt), Thinks(thought), Draws()):
-                return "reasoning", {"image_list": pictures, "instruction": prompt, "thought": thought}
-        if not any(isinstance(step, Draws) for step in steps):
-            return "vlm_sft", _talk(steps, pictures)
+    match steps:
+        case (Writes(words),):
+            return "text", {"text": words}
+        case (Said(words), Films()):
+            return "video_interleaved", {"frames": pictures, "given": 0, "caption": words}
+        case (*given, Films()):
+            return "video_interleaved", {"frames": pictures, "given": len(given)}
+        case (Said(prompt), Draws()):
+            fields = {"image": pictures[0], "captions": {"prompt": prompt}, **thought}
+            return "reasoning" if thought else "t2i_pretrain", fields
+        case (Shown(), Said(prompt), Draws()) if thought:
+            return "reasoning", {"image_list": pictures, "instruction": prompt, **thought}
+        case (Shown(), Said(prompt), Draws()):
+            return "unified_edit", {"image_list": pictures, "instruction_list": [[prompt]]}
+        case (*given, Writes(answer)) if not example.decides:
+            heard = "".join(step.words if isinstance(step, Said) else "<image>\n" for step in given)
+            turns = [{"from": "human", "value": heard}, {"from": "gpt", "value": answer, **thought}]
+            return "vlm_sft", {"image": pictures, "conversations": turns}
     return "web_interleaved", page(steps, side)
 
 
@@ -99,40 +95,16 @@ def page(steps: Sequence[Step], side: int) -> Row:
     }
 
 
-def _talk(steps: Sequence[Step], pictures: list[Rendering]) -> Row:
-    """Questions about pictures, each with its answer."""
-    turns: list[dict[str, str]] = []
-    heard, thought = "", {}
-    for step in steps:
-        match step:
-            case Shown():
-                heard += "<image>\n"
-            case Said(words):
-                heard += words
-            case Thinks(words):
-                thought = {"thought": words}
-            case Writes(words):
-                turns += [{"from": "human", "value": heard}, {"from": "gpt", "value": words, **thought}]
-                heard, thought = "", {}
-    return {**({"image": pictures} if pictures else {}), "conversations": turns}
-
-
-def _clip(steps: Sequence[Step], frames: list[Rendering]) -> Row:
-    """Frames that are given, then frames to draw; what is said stands before the first that is drawn."""
-    given = sum(isinstance(step, Shown) for step in steps)
-    found: Row = {"frames": frames, "given": given}
-    said = " ".join(step.words for step in steps if isinstance(step, Said))
-    if said and given:
-        found["captions"] = [said if place == given else None for place in range(1, len(frames))]
-    elif said:
-        found["caption"] = said
-    return found
-
-
-def stored(value: Any, encode: Callable[[Image.Image], bytes]) -> Any:
-    """A row, or a value of one, with every picture encoded."""
+def stored(value: Any) -> Any:
+    """A row, or a value of one, with every picture as a PNG file."""
     if isinstance(value, Picture):
-        return encode(value.open())
+        return png(value.open())
     if isinstance(value, dict):
-        return {name: stored(item, encode) for name, item in value.items()}
-    return [stored(item, encode) for item in value] if isinstance(value, list) else value
+        return {name: stored(item) for name, item in value.items()}
+    return [stored(item) for item in value] if isinstance(value, list) else value
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

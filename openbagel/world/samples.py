@@ -4,7 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from openbagel.config import BagelConfig, nearest
+from openbagel.checks import check_choice
+from openbagel.config import BagelConfig
 from openbagel.data.samples import Part
 from openbagel.data.tasks import TASKS as DATA_TASKS
 from openbagel.data.tasks import Dropout, TaskSetting
@@ -38,16 +39,12 @@ class Mixture:
     def __post_init__(self) -> None:
         world_named(self.world)
         for kind in self.kinds:
-            if kind not in TASKS:
-                raise ValueError(
-                    f"kinds: unknown kind {kind!r}{nearest(kind, TASKS)}; there are {', '.join(TASKS)}"
-                )
+            check_choice("kinds: kind", kind, TASKS)
 
 
 def world_named(name: str) -> World:
     """ValueError when there is none of this name."""
-    if name not in WORLDS:
-        raise ValueError(f"unknown world {name!r}{nearest(name, WORLDS)}; there are {', '.join(WORLDS)}")
+    check_choice("world", name, WORLDS)
     return WORLDS[name]()
 
 

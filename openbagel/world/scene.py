@@ -7,37 +7,80 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
+from typing import TypeVar
 
 Pair = tuple["Shape", "Colour"]
+T = TypeVar("T")
+
+
+def exchanged(items: tuple[T, ...], old: T, *new: T) -> tuple[T, ...]:
+    """With `old` replaced by `new`, or taken away."""
+    at = items.index(old)
+    return *items[:at], *new, *items[at + 1 :]
 
 
 class Shape(StrEnum):
-    CIRCLE = "circle"
-    SQUARE = "square"
-    TRIANGLE = "triangle"
-    CROSS = "cross"
-    STAR = "star"
-    RING = "ring"
-    HEART = "heart"
-    DIAMOND = "diamond"
-    MOON = "moon"
-    ARROW = "arrow"
+    """`half_box` is half the width and height of the unrotated shape, in radii; an object's centre is its
+    box's centre. With a `symmetry` of n, it looks the same after a turn by a whole n-th of a circle; with 0,
+    after every turn. `corners` has its outline, those that point inwards too.
+    """
+
+    half_box: tuple[float, float]
+    symmetry: int
+    corners: int
+
+    CIRCLE = "circle", (1.0, 1.0), 0, 0
+    SQUARE = "square", (0.88, 0.88), 4, 4
+    TRIANGLE = "triangle", (1.0, 0.87), 1, 3
+    CROSS = "cross", (1.0, 1.0), 4, 12
+    STAR = "star", (1.05, 1.0), 5, 10
+    RING = "ring", (1.0, 1.0), 0, 0
+    HEART = "heart", (1.0, 0.87), 1, 2
+    DIAMOND = "diamond", (0.7, 1.1), 2, 4
+    MOON = "moon", (0.8, 1.0), 1, 2
+    ARROW = "arrow", (0.9, 1.0), 1, 7
+
+    def __new__(cls, word: str, half_box: tuple[float, float], symmetry: int, corners: int) -> "Shape":
+        shape = str.__new__(cls, word)
+        shape._value_ = word
+        shape.half_box, shape.symmetry, shape.corners = half_box, symmetry, corners
+        return shape
 
 
-class Colour(StrEnum):
-    RED = "red"
-    GREEN = "green"
-    BLUE = "blue"
-    YELLOW = "yellow"
-    PURPLE = "purple"
-    CYAN = "cyan"
-    ORANGE = "orange"
-    PINK = "pink"
-    BROWN = "brown"
-    LIME = "lime"
+class _Paint(StrEnum):
+    """A word for a colour, and its red, green and blue from 0 to 255."""
+
+    rgb: tuple[int, int, int]
+
+    def __new__(cls, word: str, rgb: tuple[int, int, int]) -> "_Paint":
+        paint = str.__new__(cls, word)
+        paint._value_, paint.rgb = word, rgb
+        return paint
+
+
+class Colour(_Paint):
+    RED = "red", (220, 35, 40)
+    GREEN = "green", (35, 165, 60)
+    BLUE = "blue", (40, 80, 225)
+    YELLOW = "yellow", (245, 215, 40)
+    PURPLE = "purple", (145, 45, 185)
+    CYAN = "cyan", (50, 210, 225)
+    ORANGE = "orange", (250, 135, 25)
+    PINK = "pink", (250, 135, 195)
+    BROWN = "brown", (115, 65, 20)
+    LIME = "lime", (150, 240, 40)
+
+
+class Ground(_Paint):
+    WHITE = "white", (255, 255, 255)
+    BLACK = "black", (0, 0, 0)
+    GREY = "grey", (128, 128, 128)
+    NAVY = "navy", (15, 20, 80)
+    BEIGE = "beige", (235, 220, 185)
+    TEAL = "teal", (0, 100, 100)
 
 
 class Size(StrEnum):
@@ -46,65 +89,11 @@ class Size(StrEnum):
     LARGE = "large"
 
 
-class Ground(StrEnum):
-    WHITE = "white"
-    BLACK = "black"
-    GREY = "grey"
-    NAVY = "navy"
-    BEIGE = "beige"
-    TEAL = "teal"
-
-
-COLOUR_RGB: dict[Colour, tuple[int, int, int]] = {
-    Colour.RED: (220, 35, 40),
-    Colour.GREEN: (35, 165, 60),
-    Colour.BLUE: (40, 80, 225),
-    Colour.YELLOW: (245, 215, 40),
-    Colour.PURPLE: (145, 45, 185),
-    Colour.CYAN: (50, 210, 225),
-    Colour.ORANGE: (250, 135, 25),
-    Colour.PINK: (250, 135, 195),
-    Colour.BROWN: (115, 65, 20),
-    Colour.LIME: (150, 240, 40),
-}
-GROUND_RGB: dict[Ground, tuple[int, int, int]] = {
-    Ground.WHITE: (255, 255, 255),
-    Ground.BLACK: (0, 0, 0),
-    Ground.GREY: (128, 128, 128),
-    Ground.NAVY: (15, 20, 80),
-    Ground.BEIGE: (235, 220, 185),
-    Ground.TEAL: (0, 100, 100),
-}
-RADIUS: dict[Size, float] = {Size.SMALL: 0.12, Size.MEDIUM: 0.155, Size.LARGE: 0.19}
+RADIUS = {Size.SMALL: 0.12, Size.MEDIUM: 0.155, Size.LARGE: 0.19}
 """Nominal radius of an object, as a fraction of the picture's side."""
 
-HALF_BOX: dict[Shape, tuple[float, float]] = {
-    Shape.CIRCLE: (1.0, 1.0),
-    Shape.SQUARE: (0.88, 0.88),
-    Shape.TRIANGLE: (1.0, 0.87),
-    Shape.CROSS: (1.0, 1.0),
-    Shape.STAR: (1.05, 1.0),
-    Shape.RING: (1.0, 1.0),
-    Shape.HEART: (1.0, 0.87),
-    Shape.DIAMOND: (0.7, 1.1),
-    Shape.MOON: (0.8, 1.0),
-    Shape.ARROW: (0.9, 1.0),
-}
-"""Half the width and height of each unrotated shape, in radii; an object's centre is its box's centre."""
-
-SYMMETRY: dict[Shape, int] = dict.fromkeys(Shape, 1) | {
-    Shape.DIAMOND: 2,
-    Shape.SQUARE: 4,
-    Shape.CROSS: 4,
-    Shape.STAR: 5,
-    Shape.CIRCLE: 0,
-    Shape.RING: 0,
-}
-"""With n, a shape looks the same after a turn by a whole n-th of a circle; with 0, after every turn."""
-
-RELATIONS: dict[str, str] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-"""The words for where an object is seen from another one, with their opposites."""
-
+CLEAR = 0.2
+"""Prompts and questions use a relation only where the centres differ by this fraction of the side or more."""
 MARGIN = 0.02
 GAP = 0.04
 _LEAST_TURN = math.radians(30)
@@ -113,39 +102,66 @@ _TRIES_PER_OBJECT = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
-    """One object. `x`, `y` is its centre in [0, 1]; `rotation` is in radians, clockwise as seen; `scale`
-    multiplies its radius (a map seen from near or far).
-    """
+class Look:
+    """What an object looks like, without a place."""
 
     shape: Shape
     colour: Colour
     size: Size
+
+    @property
+    def pair(self) -> Pair:
+        return self.shape, self.colour
+
+    def at(self, x: float, y: float, *, rotation: float = 0.0) -> "Thing":
+        return Thing(self.shape, self.colour, self.size, x, y, rotation)
+
+
+@dataclass(frozen=True, slots=True)
+class Thing(Look):
+    """One object. `x`, `y` is its centre in [0, 1]; `rotation` is in radians, clockwise as seen; `scale`
+    multiplies its radius (a map seen from near or far).
+    """
+
     x: float
     y: float
     rotation: float = 0.0
     scale: float = 1.0
 
     @property
-    def radius(self) -> float:
-        return RADIUS[self.size] * self.scale
+    def look(self) -> Look:
+        return Look(self.shape, self.colour, self.size)
 
     @property
-    def pair(self) -> Pair:
-        return self.shape, self.colour
+    def radius(self) -> float:
+        return RADIUS[self.size] * self.scale
 
     def half_box(self) -> tuple[float, float]:
         """Half width and height of a box around the object, in fractions of the side; tight after quarter
         turns.
         """
-        return _half_box(self.shape, self.radius, self.rotation)
+        (width, height), radius = self.shape.half_box, self.radius
+        cos, sin = abs(math.cos(self.rotation)), abs(math.sin(self.rotation))
+        return radius * (width * cos + height * sin), radius * (width * sin + height * cos)
 
 
-@lru_cache(maxsize=4096)
-def _half_box(shape: Shape, radius: float, rotation: float) -> tuple[float, float]:
-    width, height = HALF_BOX[shape]
-    cos, sin = abs(math.cos(rotation)), abs(math.sin(rotation))
-    return radius * (width * cos + height * sin), radius * (width * sin + height * cos)
+class Relation(StrEnum):
+    """Where an object is seen from another one."""
+
+    LEFT = "left of"
+    RIGHT = "right of"
+    ABOVE = "above"
+    BELOW = "below"
+
+    @property
+    def opposite(self) -> "Relation":
+        words = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+        return Relation(words[self])
+
+    def holds(self, a: Thing, b: Thing, *, margin: float = CLEAR) -> bool:
+        """Whether `a` is on this side of `b`: their centres differ by at least `margin` along the axis."""
+        shifts = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
+        return shifts[self] >= margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +170,10 @@ class Scene:
 
     ground: Ground
     things: tuple[Thing, ...]
+
+    def put(self, old: Thing, *new: Thing) -> "Scene":
+        """With `old` replaced by `new`, or taken away."""
+        return replace(self, things=exchanged(self.things, old, *new))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +189,6 @@ class Solid:
 
 
 View = Scene | Solid
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What an object looks like, without a place."""
-
-    shape: Shape
-    colour: Colour
-    size: Size
-
-    def at(self, x: float, y: float, *, rotation: float = 0.0) -> Thing:
-        return Thing(self.shape, self.colour, self.size, x, y, rotation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,42 +209,38 @@ class World:
     grounds: tuple[Ground, ...]
     max_things: int
     side: int
-    held_out: frozenset[Pair] = field(default_factory=frozenset)
+    held_out: frozenset[Pair] = frozenset()
     cells: int | None = None
     rotations: tuple[float, ...] = (0.0,)
     overlap: float = 0.0
-    held_out_relations: frozenset[tuple[Pair, str]] = field(default_factory=frozenset)
-    held_out_counts: frozenset[tuple[Pair, int]] = field(default_factory=frozenset)
+    held_out_relations: frozenset[tuple[Pair, Relation]] = frozenset()
+    held_out_counts: frozenset[tuple[Pair, int]] = frozenset()
 
     def __post_init__(self) -> None:
-        seen = self.pairs(held_out=False)
-        lost = [s for s in self.shapes if s not in {p[0] for p in seen}]
-        lost += [c for c in self.colours if c not in {p[1] for p in seen}]
-        if lost:
-            raise ValueError(
-                f"held-out pairs leave nothing to train on for {', '.join(lost)}; hold out fewer pairs"
-            )
+        seen = {word for pair in self.pairs(held_out=False) for word in pair}
+        if lost := ", ".join(word for word in (*self.shapes, *self.colours) if word not in seen):
+            raise ValueError(f"held-out pairs leave nothing to train on for {lost}; hold out fewer pairs")
 
     def pairs(self, *, held_out: bool) -> list[Pair]:
         """The shape-colour pairs of one kind (held out, or free to train on), in a fixed order."""
         every = [(shape, colour) for shape in self.shapes for colour in self.colours]
         return [pair for pair in every if (pair in self.held_out) == held_out]
 
-    def relations(self, a: Pair, b: Pair, *, held_out: bool) -> list[str]:
+    def relations(self, a: Pair, b: Pair, *, held_out: bool) -> list[Relation]:
         """The relations of an object of pair `a` to one of pair `b` that are of one kind (held out, or free
         to train on): one is held out if it is for `a`, or if its opposite is for `b`.
         """
         out = self.held_out_relations
-        return [
-            word
-            for word, opposite in RELATIONS.items()
-            if ((a, word) in out or (b, opposite) in out) == held_out
-        ]
+        return [word for word in Relation if ((a, word) in out or (b, word.opposite) in out) == held_out]
 
     def counts(self, pair: Pair, *, held_out: bool) -> list[int]:
         """How many objects of a pair a picture may have, from one to the most, of one kind."""
         every = range(1, self.max_things + 1)
         return [count for count in every if ((pair, count) in self.held_out_counts) == held_out]
+
+    def allows_counts(self, looks: Sequence[Look]) -> bool:
+        """Whether no pair comes in a number that is held out for it."""
+        return self.held_out_counts.isdisjoint(Counter(look.pair for look in looks).items())
 
     def sizes_for(self, count: int) -> tuple[Size, ...]:
         """The sizes that `count` objects may have so that they always fit, with ease: all for three, not the
@@ -261,8 +265,7 @@ class World:
         """
         while True:
             looks = [self.sample_look(rng, held_out=held_out and i == 0, count=count) for i in range(count)]
-            numbers = Counter((look.shape, look.colour) for look in looks)
-            if held_out or self.held_out_counts.isdisjoint(numbers.items()):
+            if held_out or self.allows_counts(looks):
                 rng.shuffle(looks)
                 return self.place(rng, looks)
 
@@ -271,25 +274,17 @@ class World:
         counts = [rng.randint(1, self.max_things) for _ in range(number)]
         return [self.sample_scene(rng, count) for count in counts]
 
-    def place(
-        self,
-        rng: random.Random,
-        looks: Sequence[Look],
-        *,
-        ground: Ground | None = None,
-        overlaps: bool = True,
-    ) -> Scene:
+    def place(self, rng: random.Random, looks: Sequence[Look], *, ground: Ground | None = None) -> Scene:
         """A scene that shows `looks` in this order at random free places, on `ground` or a random one.
 
-        Without `overlaps`, and in every second picture, all objects keep a gap. Raises ValueError when they
-        do not fit.
+        In every second picture all objects keep a gap. Raises ValueError when they do not fit.
         """
         chosen = ground or rng.choice(self.grounds)
-        overlaps = overlaps and self.overlap > 0 and rng.random() < 1 / 2
+        world = replace(self, overlap=0.0) if self.overlap and rng.random() >= 1 / 2 else self
         for _ in range(_PLACEMENT_ROUNDS):
             things: list[Thing] = []
             for look in looks:
-                thing = self.find_place(rng, look, things, overlaps=overlaps)
+                thing = world.find_place(rng, look, things)
                 if thing is None:
                     break
                 things.append(thing)
@@ -297,17 +292,15 @@ class World:
                 return Scene(chosen, tuple(things))
         return Scene(chosen, self._on_grid(looks))
 
-    def find_place(
-        self, rng: random.Random, look: Look, others: Sequence[Thing], *, overlaps: bool = True
-    ) -> Thing | None:
+    def find_place(self, rng: random.Random, look: Look, others: Sequence[Thing]) -> Thing | None:
         """`look` at a random place on top of `others` where it may be, or None if no try found one."""
         turns = self.turns(look.shape)
         rotation = turns[0] if len(turns) == 1 else rng.choice(turns)
-        half_width, half_height = look.at(0.5, 0.5, rotation=rotation).half_box()
+        half_box = look.at(0.5, 0.5, rotation=rotation).half_box()
         for _ in range(_TRIES_PER_OBJECT):
-            x, y = (_coordinate(rng, half + MARGIN, self.cells) for half in (half_width, half_height))
+            x, y = (_coordinate(rng, half + MARGIN, self.cells) for half in half_box)
             thing = look.at(x, y, rotation=rotation)
-            if self._may_lie(thing, others, overlap=self.overlap if overlaps else 0):
+            if self._may_lie(thing, others):
                 return thing
         return None
 
@@ -315,18 +308,15 @@ class World:
         """Whether all objects are inside the picture and can be told apart and counted: they keep a gap, or,
         two and two, the later hides little of the other, which has another colour.
         """
-        return all(
-            inside(thing) and self._may_lie(thing, things[:i], overlap=self.overlap)
-            for i, thing in enumerate(things)
-        )
+        return all(inside(thing) and self._may_lie(thing, things[:i]) for i, thing in enumerate(things))
 
-    def _may_lie(self, thing: Thing, others: Sequence[Thing], *, overlap: float) -> bool:
+    def _may_lie(self, thing: Thing, others: Sequence[Thing]) -> bool:
         near = [other for other in others if not apart(thing, other)]
-        if not near or not overlap or len(near) > 1:
+        if not near or not self.overlap or len(near) > 1:
             return not near
         below = near[0]
         alone = all(other is below or apart(below, other) for other in others)
-        return alone and below.colour != thing.colour and hidden(below, thing) <= overlap
+        return alone and below.colour != thing.colour and hidden(below, thing) <= self.overlap
 
     def _on_grid(self, looks: Sequence[Look]) -> tuple[Thing, ...]:
         """The last resort of `place`: one object in each cell of a square grid."""
@@ -334,13 +324,11 @@ class World:
         middles = [(i + 0.5) / columns for i in range(columns)]
         if self.cells:
             middles = [round(middle * self.cells) / self.cells for middle in middles]
-        things = [look.at(middles[i % columns], middles[i // columns]) for i, look in enumerate(looks)]
+        things = tuple(look.at(middles[i % columns], middles[i // columns]) for i, look in enumerate(looks))
         if not self.allows(things):
             sizes = ", ".join(look.size for look in looks)
-            raise ValueError(
-                f"{len(looks)} objects ({sizes}) do not fit into one picture; ask for fewer or smaller ones"
-            )
-        return tuple(things)
+            raise ValueError(f"{len(looks)} objects ({sizes}) do not fit; ask for fewer or smaller ones")
+        return things
 
 
 def _coordinate(rng: random.Random, lowest: float, cells: int | None) -> float:
@@ -372,9 +360,9 @@ def hidden(below: Thing, above: Thing) -> float:
 
 def turn_between(shape: Shape, a: float, b: float) -> float:
     """The least angle by which a shape that is turned by `a` must go on to look as if turned by `b`."""
-    if not SYMMETRY[shape]:
+    if not shape.symmetry:
         return 0.0
-    period = 2 * math.pi / SYMMETRY[shape]
+    period = 2 * math.pi / shape.symmetry
     rest = (a - b) % period
     return min(rest, period - rest)
 
@@ -393,23 +381,17 @@ def nano_world() -> World:
 
     Centres keep to every fourth pixel: that brings the world within reach of hours on a CPU.
     """
+    shapes = (Shape.CIRCLE, Shape.SQUARE, Shape.TRIANGLE, Shape.CROSS)
+    out = (Colour.PURPLE, Colour.YELLOW, Colour.BLUE, Colour.RED, Colour.CYAN)
     return World(
-        shapes=(Shape.CIRCLE, Shape.SQUARE, Shape.TRIANGLE, Shape.CROSS),
+        shapes=shapes,
         colours=(Colour.RED, Colour.GREEN, Colour.BLUE, Colour.YELLOW, Colour.PURPLE, Colour.CYAN),
         sizes=(Size.SMALL, Size.LARGE),
         grounds=(Ground.WHITE, Ground.GREY, Ground.BLACK),
         max_things=3,
         side=64,
         cells=16,
-        held_out=frozenset(
-            {
-                (Shape.CIRCLE, Colour.PURPLE),
-                (Shape.SQUARE, Colour.YELLOW),
-                (Shape.TRIANGLE, Colour.BLUE),
-                (Shape.CROSS, Colour.RED),
-                (Shape.CROSS, Colour.CYAN),
-            }
-        ),
+        held_out=frozenset(zip((*shapes, Shape.CROSS), out, strict=True)),
     )
 
 
@@ -418,7 +400,7 @@ def full_world() -> World:
     overlap; 20 of 100 pairs held out, of every shape and every colour two, and one relation and one count of
     each pair. Centres keep to every fourth pixel, as in the first world.
     """
-    shapes, colours, relations = tuple(Shape), tuple(Colour), tuple(RELATIONS)
+    shapes, colours, relations = tuple(Shape), tuple(Colour), tuple(Relation)
     every = [(i, j, (shape, colour)) for i, shape in enumerate(shapes) for j, colour in enumerate(colours)]
     return World(
         shapes=shapes,

@@ -5,14 +5,14 @@ With `held_out` something held out (a pair of shape and colour, a relation, a co
 """
 
 import random
-from collections import Counter
 from collections.abc import Iterator
 
-from openbagel.config import nearest
+from openbagel.checks import check_choice
 from openbagel.world.ask import ASK
+from openbagel.world.choice import Choice, again, require
 from openbagel.world.draw import DRAW
 from openbagel.world.edit import EDIT
-from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Task, Thinks, Writes
+from openbagel.world.exercise import Example, Steps, Task, Words, views
 from openbagel.world.motion import MOTION
 from openbagel.world.reason import REASON
 from openbagel.world.scene import Scene, World
@@ -30,25 +30,19 @@ def example(world: World, seed: int, index: int, kind: str, held_out: bool = Fal
     Raises ValueError for an unknown kind, for one that the world has nothing for, and where nothing is held
     out.
     """
-    if kind not in TASKS:
-        raise ValueError(f"unknown kind of task {kind!r}{nearest(kind, TASKS)}; there are {', '.join(TASKS)}")
+    check_choice("kind of task", kind, TASKS)
     if held_out and not world.held_out:
         raise ValueError("this world holds no pairs out; ask for examples with held_out=False")
-    rng = random.Random(f"{seed}/{kind}/{index}/{held_out}")
-    while True:
-        made = TASKS[kind](world, rng, held_out)
-        if held_out or not _shows_held_out_count(world, made):
-            return made
+    choose = Choice(world, random.Random(f"{seed}/{kind}/{index}/{held_out}"), held_out)
+    return Example(kind, _made(choose, kind))
 
 
-def _shows_held_out_count(world: World, made: Example) -> bool:
-    if not world.held_out_counts:
-        return False
-    shown = [step.view for step in made.steps if isinstance(step, Shown | Draws)]
-    shown += [view for step in made.steps if isinstance(step, Films) for view in step.views]
-    scenes = {view for view in shown if isinstance(view, Scene)}
-    counts = (Counter(thing.pair for thing in scene.things) for scene in scenes)
-    return any(not world.held_out_counts.isdisjoint(count.items()) for count in counts)
+@again
+def _made(choose: Choice, kind: str) -> Steps:
+    steps = TASKS[kind](choose)
+    scenes = (view for view in views(steps) if isinstance(view, Scene))
+    require(choose.held_out or all(choose.world.allows_counts(scene.things) for scene in scenes))
+    return steps
 
 
 def corpus(world: World) -> Iterator[str]:
@@ -56,4 +50,4 @@ def corpus(world: World) -> Iterator[str]:
     for kind in TASKS:
         for index in range(_CORPUS_EXAMPLES_PER_KIND):
             steps = example(world, 0, index, kind).steps
-            yield from (step.words for step in steps if isinstance(step, Said | Thinks | Writes))
+            yield from (step.words for step in steps if isinstance(step, Words))

@@ -19,7 +19,7 @@ from openbagel.data.packing import Packing, Stream, Supply, pair_cost
 from openbagel.data.samples import SampleId, extent
 from openbagel.data.sources import open_source
 from openbagel.data.tasks import NEVER
-from openbagel.inference.pipeline import NANO
+from openbagel.hub import NANO
 from openbagel.tokens import TextCodec
 from openbagel.world.dataset import write_example
 from openbagel.world.language import caption

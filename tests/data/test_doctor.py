@@ -15,7 +15,7 @@ from openbagel.config import nano
 from openbagel.data.doctor import DryRun, Examination, Report, examine
 from openbagel.data.packing import Packing
 from openbagel.data.samples import Sample
-from openbagel.inference.pipeline import NANO
+from openbagel.hub import NANO
 from openbagel.sequence import Packer
 from openbagel.tokens import TextCodec
 from openbagel.train.latents import LatentEncoder

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from openbagel.data.loader import Batch, Cursor, Loader, LoaderOptions, merge_cursors
+from openbagel.data.loader import Batch, Cursor, Loader, Reading, merge_cursors
 from openbagel.data.packing import Packing, PackingMethod, SkipReason
 from openbagel.data.samples import BadRow, Draw, Look, Part, Picture, Pixels, Role
 from openbagel.sequence import Text, VitImage
@@ -87,10 +87,12 @@ def loader(
     *,
     datasets: list[Rows] | None = None,
     packing: Packing = PACKING,
+    quarantine: Path | None = None,
     **more: Any,
 ) -> Loader:
-    options = LoaderOptions(rank=rank, ranks=ranks, num_workers=workers, **more)
-    return Loader(datasets or rows(), packing, tiny.config(), seed=3, options=options)
+    reading = Reading(packing=packing, seed=3, workers=workers, **more)
+    share = (rank, ranks)
+    return Loader(datasets or rows(), tiny.config(), reading, share=share, quarantine=quarantine)
 
 
 def taken(loader: Loader, count: int) -> list[tuple[Batch, Cursor]]:
@@ -191,9 +193,9 @@ def test_wrong_options_name_the_remedy():
     with pytest.raises(ValueError, match="4 streams cannot be shared by 3 ranks; set streams to 6"):
         loader(0, 3)
     with pytest.raises(ValueError, match="rank 2 must lie in"):
-        LoaderOptions(rank=2, ranks=2)
+        loader(2, 2)
     with pytest.raises(ValueError, match="max_bad 1"):
-        LoaderOptions(max_bad=1)
+        Reading(max_bad=1)
 
 
 # bad rows ---------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_parquet_info_may_name_files_in_three_ways(tmp_path: Path) -> None:
             {"chunk_0.parquet": 2, "elsewhere/chunk_1.parquet": 2},
             "key 'elsewhere/chunk_1.parquet' names no file",
         ),
-        ({"chunk_0.parquet": 2}, r"chunk_1.parquet matches no key .*nearest is 'chunk_0.parquet'.*leave"),
+        ({"chunk_0.parquet": 2}, r"chunk_1.parquet matches no key .*did you mean 'chunk_0.parquet'.*leave"),
         ({}, "matches no key"),
     ],
 )

@@ -11,9 +11,22 @@ import pytest
 import torch
 
 from openbagel.config import BagelConfig
-from openbagel.data.samples import BadRow, Draw, Look, Part, Picture, Pixels, Role, decode, extent
+from openbagel.data.samples import (
+    BadRow,
+    Draw,
+    FrameSampler,
+    Look,
+    Part,
+    Picture,
+    Pixels,
+    Role,
+    decode,
+    evenly,
+    extent,
+    video_frames,
+    video_header,
+)
 from openbagel.data.tasks import NEVER, PAPER, SCRIPT, TASKS, Dropout, TaskSetting, guess_task, random_groups
-from openbagel.data.video import FrameSampler, evenly, video_frames, video_header
 from openbagel.images import ImageLimits
 from openbagel.sequence import Frame, Segment, Text, VaeImage, VitImage
 from openbagel.tokens import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING
@@ -482,7 +495,7 @@ def test_thinking_before_drawing_and_editing() -> None:
 def test_frames_are_decoded_where_they_were_asked_for(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", frames=20)
     assert video_header(path) == (20, (32, 16))
-    frames = video_frames(path, (0, 7, 19))
+    frames = video_frames(path, lambda _: (0, 7, 19))
     assert [frame.size for frame in frames] == [(32, 16)] * 3
     shades = [frame.open().convert("L").resize((1, 1)).getpixel((0, 0)) for frame in frames]
     assert all(abs(shade - 10 * index) < 6 for shade, index in zip(shades, (0, 7, 19), strict=True))
@@ -491,7 +504,7 @@ def test_frames_are_decoded_where_they_were_asked_for(tmp_path: Path) -> None:
 def test_a_damaged_video_is_named(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", frames=20)
     content = path.read_bytes()
-    frames = video_frames(path, (0, 19))
+    frames = video_frames(path, lambda _: (0, 19))
     path.write_bytes(content[: len(content) // 3])
     with pytest.raises(ValueError, match=r"clip\.mp4 (is truncated|cannot)"):
         frames[0].open()

@@ -56,16 +56,16 @@ def test_what_is_scored_is_not_scored_again(tmp_path: Path) -> None:
         return nano
 
     with pytest.raises(KeyboardInterrupt):
-        curve.score(run, PLAN, open, output)
+        curve.score(run, PLAN, open, output, print)
     said: list[str] = []
     points = curve.score(run, PLAN, open, output, said.append)
     assert opened == ["step-0000002", "step-0000004", "step-0000004"]
     assert [(point.step, point.tokens) for point in points] == [(2, 200.0), (4, 500.0)]
     assert points[0].scores.keys() == {"ask_colour", "think_ask"} and points[0].scores == points[1].scores
     assert len(said) == 1 and said[0].startswith("step 4, 500 tokens: understanding")
-    assert curve.score(run, PLAN, open, output) == points and len(opened) == 3
+    assert curve.score(run, PLAN, open, output, print) == points and len(opened) == 3
     with pytest.raises(ValueError, match="another plan"):
-        curve.score(run, Plan(kinds=("ask_colour",), samples=2), open, output)
+        curve.score(run, Plan(kinds=("ask_colour",), samples=2), open, output, print)
 
 
 def points() -> list[Point]:

@@ -219,6 +219,6 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     clip_writer(tmp_path / "clip.mp4", 4.0)(shades())
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     for attempt in (lambda: clip_writer(tmp_path / "x.mp4", 4.0), lambda: read_frames(tmp_path / "clip.mp4")):
-        with pytest.raises(ValueError, match=r"needs PyAV: pip install 'openbagel\[video\]'"):
+        with pytest.raises(ValueError, match=r"needs av: pip install 'openbagel\[video\]'"):
             attempt()
     clip_writer(tmp_path / "clip.gif", 4.0)(shades())

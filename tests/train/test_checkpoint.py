@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openbagel.train.checkpoint import Checkpoints, Stored, training_tensors
 from openbagel.train.parallel import Parallel, Ranks
+from openbagel.train.trainer import Training
 from tests.train.processes import run_ranks
 from tests.train.toy import Run, whole
 
@@ -26,12 +27,19 @@ def tensors_of(run: Run) -> dict[str, Tensor]:
     return training_tensors(run.model, run.ema, run.optimizer)
 
 
+def load(checkpoints: Checkpoints, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The latest."""
+    path = checkpoints.latest()
+    assert path is not None
+    return checkpoints.load(tensors, path)
+
+
 def save(ranks: Ranks, folder: Path, options: dict[str, Any], resume: bool = False) -> dict[str, Tensor]:
     """Goes on from the folder's latest, or trains a step; saves; returns what was saved."""
     run, checkpoints = Run(ranks, Parallel(**options)), Checkpoints(folder, ranks)
     if resume:
-        facts = checkpoints.load(tensors_of(run))
-        assert facts is not None and facts["step"] == 1 and facts["cursors"] == {"text": [1, 0.1]}
+        facts = load(checkpoints, tensors_of(run))
+        assert facts["step"] == 1 and facts["cursors"] == {"text": [1, 0.1]}
     else:
         run.advance(1)
     state = whole(tensors_of(run))
@@ -57,7 +65,7 @@ def test_ranks_write_what_other_numbers_of_ranks_read(tmp_path: Path):
         same(first[0], found)
     run = Run(ONE)
     checkpoints = Checkpoints(tmp_path, ONE)
-    assert checkpoints.load(tensors_of(run))
+    assert load(checkpoints, tensors_of(run))
     same(first[0], tensors_of(run))
     stored = Stored(tmp_path / "step-0000002")
     same(first[0], {name: stored[name] for name in stored.shapes})
@@ -72,8 +80,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path, ONE)
     checkpoints.save(2, tensors_of(cut), {})
     checkpoints.wait()
-    facts = Checkpoints(tmp_path, ONE).load(tensors_of(resumed))
-    assert facts is not None
+    facts = load(Checkpoints(tmp_path, ONE), tensors_of(resumed))
     resumed.step = facts["step"]
     assert resumed.advance(2) == expected
     same(tensors_of(straight), tensors_of(resumed))
@@ -96,8 +103,7 @@ def saved(folder: Path, *steps: int, **options: Any) -> Checkpoints:
 
 def check_latest(checkpoints: Checkpoints, size: int = 1000) -> int:
     tensors = numbered(-1, size)
-    facts = checkpoints.load(tensors)
-    assert facts is not None
+    facts = load(checkpoints, tensors)
     same(tensors, numbered(facts["step"], size))
     return facts["step"]
 
@@ -151,7 +157,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path):
         assert check_latest(checkpoints) == 1
     (tmp_path / "step-0000001" / "MANIFEST.json").unlink()
     with pytest.warns(UserWarning, match="FileNotFoundError"):
-        assert checkpoints.load(numbered(0)) is None
+        assert checkpoints.latest() is None
     checkpoints.save(2, numbered(2), {})  # the damaged folder of the same step gives way
     checkpoints.close()
     assert check_latest(checkpoints) == 2
@@ -168,8 +174,8 @@ def test_other_names_are_left_alone_and_old_steps_go(tmp_path: Path):
     checkpoints.save(6, numbered(6), {})
     checkpoints.close()
     assert (tmp_path / "step-0000006" / "MANIFEST.json").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match="keep at least 1"):
-        Checkpoints(tmp_path, ONE, keep=0)
+    with pytest.raises(ValueError, match="keep 0 must be at least 1"):
+        Training(keep=0)
 
 
 def small_disk(ranks: Ranks, folder: Path) -> tuple[int, int, str]:
@@ -191,7 +197,7 @@ def small_disk(ranks: Ranks, folder: Path) -> tuple[int, int, str]:
     with pytest.raises(RuntimeError, match="3 times in a row") as error:
         checkpoints.wait()
     own = {name: torch.zeros(10_000)}
-    facts = checkpoints.load(own)
+    facts = load(checkpoints, own)
     assert facts and own[name].eq(1).all()
     return failures, facts["step"], str(error.value)
 
@@ -219,6 +225,6 @@ def test_space_is_checked_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_does_not_fit_is_named(tmp_path: Path):
     checkpoints = saved(tmp_path, 1)
     with pytest.raises(ValueError, match=r"b/step is \(\), expected none; c is absent, expected \(1,\)"):
-        checkpoints.load({"a": torch.zeros(1000), "c": torch.zeros(1)})
+        load(checkpoints, {"a": torch.zeros(1000), "c": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"a is \(1000,\), expected \(7,\)"):
-        checkpoints.load(numbered(0, 7))
+        load(checkpoints, numbered(0, 7))

@@ -64,16 +64,16 @@ def test_the_guides_pretraining_runs(data: Path, tmp_path: Path):
 
 def test_a_run_and_an_adapter_become_official_folders(start: Path, tmp_path: Path):
     train(recipe(start, tmp_path / "run", train__steps=2), quiet)
-    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "float32"]) == 0
     stored, written = last(tmp_path / "run"), load_checkpoint(tmp_path / "out").model.state_dict()
     trained = {name.removeprefix("ema/"): t for name, t in stored.items() if name.startswith("ema/")}
     assert trained and all(torch.equal(written[name], tensor) for name, tensor in trained.items())
 
     train(recipe(start, tmp_path / "lora", train__steps=2, lora={"preset": "both", "rank": 2}), quiet)
-    merged = ["convert", str(start), str(tmp_path / "merged"), "--dtype", "float32"]
+    merged = ["convert", str(start), str(tmp_path / "merged"), "--to", "float32"]
     assert cli.main([*merged, "--lora", str(tmp_path / "lora" / "adapter")]) == 0
     folder = tmp_path / "from_run"
-    assert cli.main(["convert", str(tmp_path / "lora"), str(folder), "--dtype", "float32"]) == 0
+    assert cli.main(["convert", str(tmp_path / "lora"), str(folder), "--to", "float32"]) == 0
     one, other = (load_checkpoint(path).model.state_dict() for path in (tmp_path / "merged", folder))
     assert all(torch.allclose(tensor, other[name], atol=1e-6) for name, tensor in one.items())
     assert cli.main(merged) == 2, "a folder that holds files is not written to"

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openbagel.attention import Execution, visible
 from openbagel.config import BagelConfig, bagel_7b
+from openbagel.data.samples import visible_pairs
 from openbagel.model.bagel import BagelModel
 from openbagel.sequence import PackedSequence, Packer, Text, VaeImage, VitImage
 from openbagel.train.metrics import (
@@ -25,8 +26,6 @@ from openbagel.train.metrics import (
     Metrics,
     StepRecord,
     Track,
-    _block_weights,
-    _pairs,
     peak_flops,
     plot,
     read_rows,
@@ -45,8 +44,9 @@ CLOCK = {"steps_per_second", "tokens_per_second", "seconds", "mfu"}
 
 def record(step: int, losses: dict[str, float] | None = None, **changes: Any) -> StepRecord:
     losses = {"ce": 1 / (step + 1), "mse": 0.3 + step / 7} if losses is None else losses
-    facts = {"lr": 1e-3, "grad_norm": 0.1 * step, "tokens": 900, "room": 1000, "samples": 4}
-    return StepRecord(step=step, losses=losses, **{**facts, "flops": 1e12, "seconds": 0.5, **changes})
+    sums = {"tokens": 900, "room": 1000, "samples": 4, "flops": 1e12, "seconds": 0.5}
+    facts = {"lr": 1e-3, "grad_norm": 0.1 * step, "sums": sums}
+    return StepRecord(step=step, losses=losses, **{**facts, **changes})
 
 
 def run(folder: Path, steps: range, *, log_every: int = 4, state: Any = None, **options: Any) -> Any:
@@ -126,7 +126,8 @@ def test_rows_are_on_disk_at_once(tmp_path: Path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_costs_rows_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines: list[str] = []
-    metrics = Metrics(tmp_path, track=Track(log_every=1), total_steps=9, report=lines.append)
+    metrics = Metrics(tmp_path, track=Track(log_every=1), total_steps=9)
+    metrics.report = lines.append
     full = open("/dev/full", "w", buffering=1)
     metrics.sinks[0] = lambda row: full.write(json.dumps(row) + "\n")
     metrics.step(record(0))
@@ -196,14 +197,14 @@ def test_causal_and_hidden_splits_cost_what_is_visible():
         pack = tiny.packer().pack(tiny.samples(seed))
         places = torch.arange(len(pack))
         dense = int(visible(pack, places[:, None], places[None]).sum())
-        assert sum(map(_pairs, pack.spans)) == dense
+        assert sum(map(visible_pairs, pack.spans)) == dense
 
 
 def official_flops(config: BagelConfig, pack: PackedSequence) -> float:
     """The reference's formula, 14 % high on its own mixture: embedding and head for every token, attention in
     full squares, no ViT. Source: reference/training.md §2.2."""
     llm = config.llm
-    dense = _block_weights(config) + 2 * llm.vocab_size * llm.hidden_size
+    dense = llm.num_hidden_layers * llm.block_weights + 2 * llm.vocab_size * llm.hidden_size
     squares = sum(length**2 for length in pack.lengths)
     return 6.0 * dense * len(pack) + 12.0 * llm.hidden_size * llm.num_hidden_layers * squares
 

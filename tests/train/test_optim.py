@@ -10,6 +10,7 @@ from openbagel.train.checkpoint import Checkpoints, training_tensors
 from openbagel.train.optim import EMA, AdamW, Optimizer, Schedule, Shape
 from openbagel.train.parallel import Ranks
 from tests.train.processes import run_ranks
+from tests.train.test_checkpoint import load
 from tests.train.toy import Run, whole
 
 
@@ -80,7 +81,7 @@ def test_8bit_states_follow_the_full_ones_and_resume(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path, Ranks("cpu"))
     checkpoints.save(4, training_tensors(models[1], None, small), {})
     checkpoints.close()
-    checkpoints.load(training_tensors(models[2], None, resumed))
+    load(checkpoints, training_tensors(models[2], None, resumed))
     advance(1, small, 9)
     advance(2, resumed, 9)
     assert all(torch.equal(a, b) for a, b in zip(models[1].parameters(), models[2].parameters(), strict=True))
@@ -93,11 +94,11 @@ def sharded_8bit(ranks: Ranks, folder: Path) -> str:
     checkpoints = Checkpoints(folder, ranks)
     checkpoints.save(1, training_tensors(run.model, run.ema, run.optimizer), {})
     checkpoints.close()
-    checkpoints.load(training_tensors(again.model, again.ema, again.optimizer))
+    load(checkpoints, training_tensors(again.model, again.ema, again.optimizer))
     again.step = 1
     assert run.advance(1) == again.advance(1)
     # the average: each rank its own rows, and the model's own weights back in place
-    own, average = whole(run.model.state_dict()), whole(run.ema.state_dict())
+    own, average = whole(run.model.state_dict()), whole(run.ema.average)
     with run.ema.applied(run.model):
         inside = whole(run.model.state_dict())
     assert all(torch.equal(inside[name], value) for name, value in average.items())
@@ -109,7 +110,7 @@ def test_8bit_states_and_averages_of_two_ranks(tmp_path: Path):
     assert run_ranks(2, sharded_8bit, tmp_path) == ["fine", "fine"]
     other = Run(Ranks("cpu"), eight_bit=True)
     with pytest.raises(ValueError, match="8-bit optimiser states fit the number of ranks"):
-        Checkpoints(tmp_path, Ranks("cpu")).load(training_tensors(other.model, other.ema, other.optimizer))
+        load(Checkpoints(tmp_path, Ranks("cpu")), training_tensors(other.model, other.ema, other.optimizer))
 
 
 def test_average_follows_its_formula():

@@ -164,10 +164,10 @@ def test_one_process_computes_in_bfloat16_with_float32_masters():
 def test_memory_of_the_7b_and_of_a_measured_pack():
     with torch.device("meta"):
         model = BagelModel(bagel_7b())
-    estimate = memory_estimate(model, Parallel(num_shard=8), num_ranks=8, tokens=0)
+    estimate = memory_estimate(model, Parallel(num_shard=8), ranks=8, tokens=0)
     static = sum(estimate[kind] for kind in ("weights", "gradients", "optimizer", "ema"))
     assert static == pytest.approx(36.5e9, rel=0.01)  # reference/training.md: 292 GB over 8 ranks
-    rng, counts = random.Random(1), {"num_ranks": 1}
+    rng, counts = random.Random(1), {"ranks": 1}
     pack = tiny.packer().pack([tiny.segments(rng, 4, ("text", "noised", "clean")) for _ in range(40)])
     counts |= {"tokens": len(pack), "labels": len(pack.labels)}
     whole_graph = memory_estimate(tiny.model(), Parallel(), **counts)

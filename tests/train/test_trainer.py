@@ -21,7 +21,7 @@ from openbagel.data.samples import BadRow, Part, Sample, SampleId, decode, exten
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
 from openbagel.sequence import Packer, Text, VaeImage, VitImage
-from openbagel.train.autoencoder import AutoencoderTrainer, AutoencoderTraining
+from openbagel.train.encoders import AutoencoderTrainer, AutoencoderTraining
 from openbagel.train.latents import LatentCache, LatentEncoder
 from openbagel.train.parallel import Ranks
 from openbagel.train.recipe import Data, Recipe, read_recipe, recipe_from
@@ -313,7 +313,7 @@ def test_a_sample_is_the_same_in_any_company():
 def test_latents_are_encoded_once(tmp_path: Path):
     samples, first = world_samples("edit_recolour", 4), encoder()
     assert first.autoencoder
-    cached = replace(first, cache=LatentCache.of(tmp_path, first.autoencoder))
+    cached = replace(first, cache=LatentCache(tmp_path, first.autoencoder))
     once = cached.segments(samples)
     first.autoencoder.encoder.register_forward_pre_hook(lambda *_: pytest.fail("encoded again"))
     again = cached.segments(samples)

@@ -10,12 +10,12 @@ from openbagel.config import nano
 from openbagel.inference.pipeline import Bagel
 from openbagel.model.bagel import BagelModel
 from openbagel.train.checkpoint import Stored
+from openbagel.train.encoders import VisionTrainer, VisionTraining
 from openbagel.train.optim import Schedule
 from openbagel.train.parallel import Ranks
 from openbagel.train.recipe import recipe_from
 from openbagel.train.stages import train
 from openbagel.train.trainer import Place, Training
-from openbagel.train.vision import VisionTrainer, VisionTraining
 from openbagel.weights import load_checkpoint
 from openbagel.world.scene import Colour, Ground, Scene, Shape, Size, Thing, nano_world
 

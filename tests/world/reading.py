@@ -4,7 +4,7 @@ import re
 from functools import lru_cache
 
 from openbagel.world.exercise import Draws, Example, Said, Shown, Thinks, Writes
-from openbagel.world.scene import RELATIONS, WORLDS, Colour, Scene, Shape, Size, Thing
+from openbagel.world.scene import WORLDS, Colour, Relation, Scene, Shape, Size, Thing
 from openbagel.world.tasks import example
 
 WORLD = {name: make() for name, make in WORLDS.items()}
@@ -12,7 +12,7 @@ BOTH = ("nano", "full")
 _COUNTED = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NUMBERS = {word: number for number, word in enumerate(_COUNTED)} | {"a": 1, "an": 1}
 PLACE = "(?:top |bottom )?(?:left|right)|top|bottom|centre"
-RELATION = "|".join(RELATIONS)
+RELATION = "|".join(Relation)
 NOUN = re.compile(
     rf"(?:(?P<size>{'|'.join(Size)}) )?(?:(?P<colour>{'|'.join(Colour)}) )?"
     rf"(?P<shape>{'|'.join(Shape)}|object)(?:e?s\b)?(?: at the (?P<place>{PLACE}))?"
@@ -106,7 +106,7 @@ def relations_said(text: str) -> set[tuple[tuple[str, str], str]]:
     """What is said of which pair, from both ends."""
     found = set()
     for a, relation, b in SAID_RELATION.findall(text):
-        found |= {(pair_of(a), relation), (pair_of(b), RELATIONS[relation])}
+        found |= {(pair_of(a), relation), (pair_of(b), Relation(relation).opposite)}
     return {(pair, relation) for pair, relation in found if pair}
 
 

@@ -28,12 +28,13 @@ from benchmarks.judge import (
 )
 from openbagel.world.exercise import Draws, Shown, Spec
 from openbagel.world.judge import judge, locate, parse, unmet
-from openbagel.world.language import Phrase, Relation
+from openbagel.world.language import Phrase
 from openbagel.world.render import render, render_picture
 from openbagel.world.scene import (
     WORLDS,
     Colour,
     Ground,
+    Relation,
     Scene,
     Shape,
     Size,

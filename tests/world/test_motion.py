@@ -9,18 +9,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from openbagel.world.choice import Choice, again
 from openbagel.world.exercise import Draws, Example, Films, Said, Shown
 from openbagel.world.language import Phrase
 from openbagel.world.motion import ACTIONS, FASTEST, MOTION, SLOWEST, facing, score_clip, turned_frame
 from openbagel.world.render import render
-from openbagel.world.scene import MARGIN, SYMMETRY, WORLDS, Scene, Solid, Thing, World, apart, inside
+from openbagel.world.scene import MARGIN, WORLDS, Scene, Solid, Thing, World, apart, inside
 
 WORLD = WORLDS["full"]()
 SEEDS = range(40)
 
 
 def made(kind: str, seed: int, held_out: bool = False, world: World = WORLD) -> Example:
-    return MOTION[kind](world, random.Random(seed), held_out)
+    return Example(kind, again(MOTION[kind])(Choice(world, random.Random(seed), held_out)))
 
 
 def clip(example: Example) -> list[Scene]:
@@ -56,7 +57,6 @@ def test_examples_repeat_and_hold_out(kind: str, world: Callable[[], World]) -> 
         for seed in range(6):
             example = made(kind, seed, held_out, world())
             assert example == made(kind, seed, held_out, world())
-            assert example.kind == kind
             views = clip(example) or views_of(example)
             if isinstance(first := views[0], Scene):
                 pairs = {thing.pair for thing in first.things if inside(thing)}
@@ -124,7 +124,7 @@ def test_turns_are_constant_and_can_be_told() -> None:
         for way in ways(frames):
             (spin,) = {round(turn, 6) for turn in moves(way, "rotation")}
             assert math.radians(6) - 1e-5 <= abs(spin) <= math.radians(20) + 1e-5
-            assert abs(spin) < math.pi / SYMMETRY[way[0].shape]
+            assert abs(spin) < math.pi / way[0].shape.symmetry
         found = turned_frame(frames[3:])
         assert found is not None
         number, spec = found

@@ -1,4 +1,6 @@
-"""The kinds that the first shipped model was trained on stay as they were, byte for byte."""
+"""The kinds that the first shipped model was trained on stay as they are, byte for byte (edits since they are
+made as those of several steps are).
+"""
 
 import hashlib
 import json
@@ -20,9 +22,9 @@ DIGESTS = {
     "ask_exists": "ca81f729f0de264a",
     "ask_relation": "48f2459b2541be2f",
     "ask_caption": "f5adf6d0055b1757",
-    "edit_recolour": "22407d2995e21660",
-    "edit_remove": "eec1c6b3b6c9f024",
-    "edit_add": "f8bc4cb06545bbb6",
+    "edit_recolour": "63c0a096e64fd18f",
+    "edit_remove": "6a3474506f6b3afa",
+    "edit_add": "1cd2062496f8a780",
 }
 """Of the examples 0 to 49 with seed 0: first those without, then those with a held-out pair."""
 

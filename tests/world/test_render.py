@@ -9,19 +9,7 @@ import pytest
 import torch
 
 from openbagel.world.render import coverage, render, render_picture, to_picture
-from openbagel.world.scene import (
-    COLOUR_RGB,
-    GROUND_RGB,
-    Colour,
-    Ground,
-    Scene,
-    Shape,
-    Size,
-    Solid,
-    Thing,
-    full_world,
-    nano_world,
-)
+from openbagel.world.scene import Colour, Ground, Scene, Shape, Size, Solid, Thing, full_world, nano_world
 
 AREAS = {
     Shape.CIRCLE: math.pi,
@@ -62,8 +50,8 @@ def test_colours_inside_and_outside() -> None:
         for ground in Ground:
             thing = Thing(Shape.CIRCLE, colour, Size.LARGE, 0.4, 0.6)
             picture = render([Scene(ground, (thing,))], 64)[0]
-            assert picture[:, 38, 26].mul(255).round().tolist() == list(COLOUR_RGB[colour])
-            assert picture[:, 2, 2].mul(255).round().tolist() == list(GROUND_RGB[ground])
+            assert picture[:, 38, 26].mul(255).round().tolist() == list(colour.rgb)
+            assert picture[:, 2, 2].mul(255).round().tolist() == list(ground.rgb)
 
 
 def test_a_batch_equals_its_scenes_alone() -> None:
@@ -126,8 +114,8 @@ def test_later_things_lie_on_top() -> None:
     above = Thing(Shape.SQUARE, Colour.BLUE, Size.SMALL, 0.5, 0.5)
     picture = render_picture(Scene(Ground.WHITE, (below, above)), 64)
     assert picture.size == (64, 64) and picture.mode == "RGB"
-    assert picture.getpixel((32, 32)) == COLOUR_RGB[Colour.BLUE]
-    assert picture.getpixel((23, 32)) == COLOUR_RGB[Colour.RED]
+    assert picture.getpixel((32, 32)) == Colour.BLUE.rgb
+    assert picture.getpixel((23, 32)) == Colour.RED.rgb
 
 
 def test_a_scaled_object_outside_leaves_only_its_part() -> None:
@@ -145,7 +133,7 @@ def test_a_solid_shows_the_sides_that_face_the_viewer(turn: float) -> None:
     side = 200
     row = render([replace(SOLID, turn=turn)], side)[0, :, side // 2]
     for k, colour in enumerate(SOLID.sides):
-        wanted = torch.tensor(COLOUR_RGB[colour])[:, None] / 255
+        wanted = torch.tensor(colour.rgb)[:, None] / 255
         places = ((row - wanted).abs().amax(dim=0) < 0.02).nonzero()[:, 0].float()
         width, middle = 0.44 * math.cos(turn + k * math.pi / 2), 0.22 * math.sin(turn + k * math.pi / 2)
         assert len(places) / side == pytest.approx(max(width, 0), abs=0.015)

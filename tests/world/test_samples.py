@@ -13,8 +13,9 @@ from PIL import Image
 from openbagel.config import Sampling
 from openbagel.data.samples import Draw, Look, Part, Picture, Pixels, Role, SampleId, decode, extent
 from openbagel.data.tasks import NEVER, TASKS, TaskSetting
+from openbagel.hub import NANO
 from openbagel.inference.engine import Forward
-from openbagel.inference.pipeline import NANO, Bagel
+from openbagel.inference.pipeline import Bagel
 from openbagel.sequence import Packer, Segment, Text, VaeImage, VitImage
 from openbagel.tokens import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING
 from openbagel.train.latents import LatentEncoder
@@ -91,7 +92,8 @@ def test_parts_are_a_function_of_row_and_generator() -> None:
 def test_a_rendering_knows_its_size_and_is_rendered_when_opened() -> None:
     scene = WORLD.sample_scene(random.Random(0), 2)
     (picture,), (same,) = renderings([Shown(scene)], 64), renderings([Shown(scene)], 64)
-    assert isinstance(picture, Picture) and picture.size == (64, 64) and not picture.gallery.pictures
+    assert isinstance(picture, Picture) and picture.size == (64, 64)
+    assert "pictures" not in vars(picture.gallery)
     assert picture == same
     assert picture.open().tobytes() == render_picture(scene, 64).tobytes() and picture.gallery.pictures
     limits = bagel().config.settings.vae_limits
@@ -268,9 +270,9 @@ def test_counted_tokens_are_packed_tokens() -> None:
 
 
 def test_unknown_names_are_told() -> None:
-    with pytest.raises(ValueError, match=r"'draw_on'; did you mean 'draw_one'"):
+    with pytest.raises(ValueError, match=r"kind 'draw_on' is none of .*; did you mean 'draw_one'"):
         Mixture(kinds={"draw_on": 1})
-    with pytest.raises(ValueError, match=r"unknown world 'ful'; did you mean 'full'"):
+    with pytest.raises(ValueError, match=r"world 'ful' is none of nano, full; did you mean 'full'"):
         Mixture(kinds={}, world="ful")
     assert world_named("nano") == nano_world()
 

@@ -12,14 +12,11 @@ import pytest
 
 from openbagel.config import from_json, to_json
 from openbagel.world.scene import (
-    COLOUR_RGB,
-    GROUND_RGB,
-    RELATIONS,
-    SYMMETRY,
     WORLDS,
     Colour,
     Ground,
     Look,
+    Relation,
     Scene,
     Shape,
     Size,
@@ -67,9 +64,9 @@ def test_one_relation_and_one_count_of_each_pair_are_held_out() -> None:
         assert WORLD.counts(pair, held_out=True) == [] and WORLD.counts(pair, held_out=False) == [1, 2, 3]
     for a, b in random.Random(0).sample(list(combinations(every, 2)), 300):
         out, free = FULL.relations(a, b, held_out=True), FULL.relations(a, b, held_out=False)
-        assert 1 <= len(out) <= 2 and sorted(out + free) == sorted(RELATIONS)
-        assert sorted(FULL.relations(b, a, held_out=True)) == sorted(RELATIONS[word] for word in out)
-        assert WORLD.relations(a, b, held_out=False) == list(RELATIONS)
+        assert 1 <= len(out) <= 2 and sorted(out + free) == sorted(Relation)
+        assert sorted(FULL.relations(b, a, held_out=True)) == sorted(word.opposite for word in out)
+        assert WORLD.relations(a, b, held_out=False) == list(Relation)
 
 
 @pytest.mark.parametrize("count", range(1, 7))
@@ -100,7 +97,7 @@ def test_objects_that_cannot_be_counted_are_not_allowed() -> None:
 @pytest.mark.parametrize("shape", Shape)
 def test_turns_of_a_shape_can_be_told_apart(shape: Shape) -> None:
     turns = FULL.turns(shape)
-    assert turns[0] == 0 and len(turns) == {0: 1, 1: 4, 2: 2, 4: 1, 5: 2}[SYMMETRY[shape]]
+    assert turns[0] == 0 and len(turns) == {0: 1, 1: 4, 2: 2, 4: 1, 5: 2}[shape.symmetry]
     assert all(turn_between(shape, a, b) > math.radians(30) for a, b in combinations(turns, 2))
     assert WORLD.turns(shape) == (0.0,)
 
@@ -114,7 +111,7 @@ def test_six_objects_always_fit_and_without_overlaps_too() -> None:
             assert all(apart(a, b) for a, b in combinations(things, 2))
     for count in range(1, 7):
         looks = [Look(Shape.DIAMOND, colour, FULL.sizes_for(count)[-1]) for colour in FULL.colours[:count]]
-        things = FULL.place(rng, looks, overlaps=False).things
+        things = replace(FULL, overlap=0.0).place(rng, looks).things
         assert all(apart(a, b) for a, b in combinations(things, 2))
 
 
@@ -187,10 +184,10 @@ def test_rotation_turns_the_box() -> None:
 
 
 def test_palette_is_well_separated() -> None:
-    colours = [*COLOUR_RGB.values(), *GROUND_RGB.values()]
+    colours = [paint.rgb for paint in (*Colour, *Ground)]
     for i, a in enumerate(colours):
         for b in colours[:i]:
             assert sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) ** 0.5 > 60
-    for colour in COLOUR_RGB.values():
-        for ground in GROUND_RGB.values():
+    for colour in (paint.rgb for paint in Colour):
+        for ground in (paint.rgb for paint in Ground):
             assert sum((x - y) ** 2 for x, y in zip(colour, ground, strict=True)) ** 0.5 > 80

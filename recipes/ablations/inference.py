@@ -1,0 +1,53 @@
+"""Scores one model under other options: `python recipes/ablations/inference.py [MODEL]`, nano by default.
+
+Guidance, renormalisation and the number of steps on pictures, thinking on what asks for a thought. What is
+scored already is not repeated; `results/inference.json` beside it has it all.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from openbagel.evals.world import Plan, evaluate
+from openbagel.flow import Renorm
+from openbagel.inference.pipeline import Bagel
+
+OUTPUT = Path(__file__).parent / "results" / "inference.json"
+PICTURES = Plan(kinds=("draw_one", "draw_two", "edit_recolour"), samples=100)
+THOUGHTS = Plan(kinds=("think_draw", "think_edit", "think_ask"), samples=50)
+SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
+POINTS = (3, 5, 9, 13, 25)
+
+
+def settings(bagel: Bagel) -> Iterator[tuple[str, Bagel, Plan]]:
+    """(name, the model with other options, what is scored)."""
+    default = bagel.config.settings.draw
+    guidances = {f"guidance {scale:g}": {"text": scale} for scale in SCALES}
+    guidances |= {f"renorm {kind}": {"renorm": kind} for kind in Renorm}
+    guidances |= {"renorm off": {"renorm_min": 1.0}, "interval 0.4 to 1": {"interval": (0.4, 1.0)}}
+    for name, change in guidances.items():
+        sampling = replace(default, guidance=replace(default.guidance, **change))
+        yield name, bagel.using(sampling), PICTURES
+    for points in POINTS:
+        yield f"{points - 1} steps", bagel.using(replace(default, num_timesteps=points)), PICTURES
+    for think in (False, True):
+        yield f"thinking {'on' if think else 'off'}", bagel, replace(THOUGHTS, think=think)
+
+
+def main(model: str = "nano") -> None:
+    results: dict[str, Any] = json.loads(OUTPUT.read_text("utf-8")) if OUTPUT.is_file() else {}
+    for name, bagel, plan in settings(Bagel.load(model)):
+        if name not in results:
+            right = Counter(r.kind for r in evaluate(bagel, plan) if r.right)
+            results[name] = {kind: [right[kind], plan.samples] for kind in plan.kinds}
+            OUTPUT.parent.mkdir(exist_ok=True)
+            OUTPUT.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        print(name, dict(results[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
