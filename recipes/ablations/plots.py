@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from openbagel.evals.world import wilson
 
 HERE = Path(__file__).parent
-FIGURES = HERE.parents[1] / "docs" / "figures"
+FIGURES = HERE.parents[1] / "docs" / "findings"
 COLOURS = {"mot": "tab:red", "moe": "tab:orange", "dense": "tab:blue"}
 Results = dict[str, dict[str, Any]]
 
@@ -75,7 +75,7 @@ def main() -> None:
     shown = {"mot-seed0": "in 70 %", "no-vit-in-edits": "never"}
     ends(next(panels), trained, shown, "ViT tokens of the source in edits")
     next(panels).set_axis_off()
-    figure.savefig(FIGURES / "findings-training.png", dpi=90)
+    figure.savefig(FIGURES / "training.png", dpi=90)
 
     figure = Figure(figsize=(13, 7), layout="constrained")
     panels = figure.subplots(2, 2).flat
@@ -89,7 +89,7 @@ def main() -> None:
         names = {name: name.removeprefix(start) for name in asked if name.startswith(start) and start}
         names = names or {name: name.removesuffix(" steps") for name in asked if name.endswith(" steps")}
         scores(next(panels), asked, names, title, kinds)
-    figure.savefig(FIGURES / "findings-inference.png", dpi=90)
+    figure.savefig(FIGURES / "inference.png", dpi=90)
 
 
 if __name__ == "__main__":
