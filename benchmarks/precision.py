@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import milliseconds
-from openbagel import Bagel, cli
+from openbagel import Bagel, cli, verbs
 from openbagel.evals.world import SEED, Plan, evaluate
 from openbagel.flow import interpolate
 from openbagel.images import to_pixels
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--packs", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=list(cli.FORMATS), choices=cli.FORMATS)
+    parser.add_argument("--only", nargs="+", default=list(verbs.FORMATS), choices=verbs.FORMATS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = ["float32", *(name for name in options.only if name != "float32")]
