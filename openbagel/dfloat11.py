@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openbagel import weights
+from openbagel.files import read_json
 from openbagel.model.bagel import BagelModel
 
 CONFIG = "dfloat11_config"
@@ -51,7 +52,7 @@ ROW, LANES, PIECE = 16, 2**14, 2**21
 
 def is_packed(place: Path) -> bool:
     path = place / "config.json"
-    return path.is_file() and CONFIG in weights.read_json(path)
+    return path.is_file() and CONFIG in read_json(path)
 
 
 class PackedFiles(weights.TensorFiles):
@@ -61,7 +62,7 @@ class PackedFiles(weights.TensorFiles):
 
     def __init__(self, folder: Path) -> None:
         super().__init__([p for p in sorted(folder.glob("*.safetensors")) if p.name != weights.VAE_FILE])
-        settings = weights.read_json(folder / "config.json")[CONFIG]
+        settings = read_json(folder / "config.json")[CONFIG]
         owners = [name.rpartition(".")[0] for name in self.handles if name.endswith(".encoded_exponent")]
         self.opened: tuple[str, Tensor] = "", torch.empty(0)
         self.packs: dict[str, dict[str, tuple[int, int]]] = {}

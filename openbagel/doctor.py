@@ -150,9 +150,9 @@ def _model(model: str) -> Iterator[Finding]:
     import torch
 
     from openbagel.hub import find_model
-    from openbagel.weights import default_dtype, load_checkpoint, precision_of
+    from openbagel.weights import default_device, default_dtype, load_checkpoint, precision_of
 
-    device, again = "cuda" if torch.cuda.is_available() else "cpu", f"download {OFFICIAL} --to {model}"
+    device, again = default_device().type, f"download {OFFICIAL} --to {model}"
     try:
         folder = find_model(model, cached=True)
         checkpoint = load_checkpoint(folder, dtype=default_dtype(device), device="meta")

@@ -9,7 +9,6 @@ is read here, with every number held against the file's size.
 import math
 import struct
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from openbagel import weights
-from openbagel.config import nearest
+from openbagel.checks import check_choice, extra
+from openbagel.quantize import LAYERS
 
 KINDS = ("q8_0", "q5_1", "q4_0", "bf16")
-LAYERS = "language_model.model.layers."
 ALIGNMENT = 32
 """Of tensors, where `general.alignment` says nothing."""
 UINT32, STRING, ARRAY = 4, 8, 9
@@ -36,7 +35,7 @@ class GGUFFile(weights.TensorFiles):
 
     def __init__(self, path: Path) -> None:
         super().__init__([])
-        self.gguf, self.at = _package(), 0
+        self.gguf, self.at = extra("gguf", "gguf", "a GGUF file"), 0
         try:
             self.data = np.memmap(path, mode="c")
             magic, version, count, entries = self._take("<4sIQQ")
@@ -112,9 +111,9 @@ def write_gguf(folder: Path, checkpoint: weights.Checkpoint, kind: str) -> None:
     """Writes a folder with `model-<kind>.gguf`; kind is one of KINDS. Linears whose rows are no whole number
     of blocks keep their values.
     """
-    if kind not in KINDS:
-        raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}")
-    gguf, state, types = _package(), checkpoint.model.state_dict(), {}
+    check_choice("GGUF kind", kind, KINDS)
+    gguf = extra("gguf", "gguf", "a GGUF file")
+    state, types = checkpoint.model.state_dict(), {}
     weights.save_all_but_transformer(folder, checkpoint)
     writer = gguf.GGUFWriter(folder / f"model-{kind}.gguf", "bagel")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -137,11 +136,3 @@ def write_gguf(folder: Path, checkpoint: weights.Checkpoint, kind: str) -> None:
             blocks = gguf.quants.quantize(tensor.detach().to("cpu", torch.float32).numpy(), types[name])
         writer.write_tensor_data(blocks)
     writer.close()
-
-
-def _package() -> ModuleType:
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError("GGUF files need the gguf package: pip install 'openbagel[gguf]'") from None
-    return gguf

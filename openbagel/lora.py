@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openbagel.checks import nearest
+from openbagel.checks import check_choice, nearest
 from openbagel.config import from_json
 from openbagel.files import read_json
 from openbagel.model.transformer import GEN
@@ -88,10 +88,7 @@ class Adapter:
     targets: tuple[str, ...] = LEAVES
 
     def __post_init__(self) -> None:
-        presets = [preset.value for preset in Preset]
-        if self.preset not in presets:
-            hint = nearest(str(self.preset), presets)
-            raise ValueError(f"preset {self.preset!r} is none of {', '.join(presets)}{hint}")
+        check_choice("preset", self.preset, [preset.value for preset in Preset])
         if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1 or not self.targets:
             raise ValueError(
                 f"rank {self.rank} must be at least 1, alpha {self.alpha} above 0, dropout {self.dropout} "

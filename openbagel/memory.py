@@ -27,6 +27,7 @@ from openbagel.inference.engine import Engine, Forward, Read, Request, Row
 from openbagel.inference.image import Branches, denoise
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
+from openbagel.quantize import BLOCK, GROUP, LAYERS
 from openbagel.sequence import Packer, Text, VaeImage, VitImage
 from openbagel.tokens import TextCodec
 
@@ -34,11 +35,10 @@ Task = Literal["draw", "edit", "ask"]
 Mode = Literal["device", "blocks", "sequential"]
 PRESETS = {"bagel_7b": bagel_7b, "bagel_1_5b": bagel_1_5b, "bagel_0_5b": bagel_0_5b}
 """Models that are described without their weights."""
-LAYERS = "language_model.model.layers."
 VIT, VAE = "ViT and connector", "autoencoder"
 PARTS = {"_moe_gen": "generation expert", LAYERS: "understanding expert", "vit_": VIT, "connector.": VIT}
 """The part of a parameter is that of the first entry which its name contains."""
-BITS = {"int8": (8, 0), "fp8": (8, 0), "nf4": (4, 64), "int4": (4, 128)}
+BITS = {"int8": (8, 0), "fp8": (8, 0), "nf4": (4, BLOCK), "int4": (4, GROUP)}
 """Of a packed weight, and how many weights share a scale of 4 bytes (0: a row)."""
 DFLOAT11 = 0.70
 """Of bfloat16's bytes."""

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from openbagel import weights
 from openbagel.config import Activation, BagelConfig, Experts, from_json, official_settings, to_json
+from openbagel.files import read_json
 from openbagel.images import ImageLimits, sincos_table
 from openbagel.model.bagel import BagelModel
+from openbagel.model.transformer import GEN
 from openbagel.tokens import TextCodec
 
-GEN = "_moe_gen"
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 PATCHES = "vit_model.vision_model.embeddings.patch_embedding.weight"
@@ -188,7 +189,7 @@ def join(parts: Parts) -> Joined:
 def _read_fields(folder: str, supported: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
     """A Hugging Face config.json, of a vision tower where it describes two."""
     where = Path(folder) / "config.json"
-    stored = weights.read_json(where)
+    stored = read_json(where)
     fields: dict[str, Any] = stored.get("vision_config", stored)
     for key, values in supported.items():
         if fields.get(key, values[0]) not in values:

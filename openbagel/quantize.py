@@ -160,8 +160,7 @@ def quantize(
     kind = Precision(precision)
     if (before := precision_of(model)) is not None:
         raise ValueError(f"the weights are {before} already; take the original ones to get {kind}")
-    if any(".lora." in name for name, _ in model.named_parameters()):
-        raise ValueError("an adapter is bound to the model; merge or remove it first (openbagel.lora)")
+    require_no_adapter(model)
     linears = (name for name, one in model.named_modules() if isinstance(one, nn.Linear))
     names, whole = [name for name in linears if name.startswith(LAYERS)], []
     check_device(kind, device or model.get_submodule(names[0]).get_parameter("weight").device)
@@ -178,6 +177,12 @@ def quantize(
         warnings.warn(f"{told}, unlike {whole[0]} has", stacklevel=2)
     model.to(device=device, dtype=dtype)
     return len(names) - len(whole)
+
+
+def require_no_adapter(model: nn.Module) -> None:
+    """ValueError when one is bound: its tensors have no place in a checkpoint."""
+    if any(".lora." in name for name, _ in model.named_parameters()):
+        raise ValueError("an adapter is bound to the model; merge or remove it first (openbagel.lora)")
 
 
 def check_device(precision: Precision | None, device: torch.device | str) -> None:

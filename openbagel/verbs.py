@@ -24,10 +24,12 @@ from openbagel.data.convert import Format, convert
 from openbagel.data.doctor import Examination, examine
 from openbagel.data.packing import Packing
 from openbagel.demo import sheet
+from openbagel.dfloat11 import write_dfloat11
 from openbagel.evals import curve
 from openbagel.evals.page import page
 from openbagel.evals.world import Plan, evaluate, report, table
 from openbagel.flow import Renorm
+from openbagel.gguf_files import KINDS, write_gguf
 from openbagel.hub import download, find_model
 from openbagel.images import clip_writer, read_frames, save_picture
 from openbagel.inference.events import Event, Preview, Text, Thought
@@ -39,12 +41,19 @@ from openbagel.quantize import Precision, precision_of, quantize
 from openbagel.train.metrics import plot
 from openbagel.train.recipe import read_recipe
 from openbagel.train.stages import dry_step, open_run, train
-from openbagel.weights import Checkpoint, config_in, config_json, describe, load_checkpoint, save_checkpoint
+from openbagel.weights import (
+    Checkpoint,
+    config_in,
+    config_json,
+    default_device,
+    describe,
+    load_checkpoint,
+    save_checkpoint,
+)
 from openbagel.world.dataset import write_example
 
 DTYPES = ("float32", "bfloat16", "float16")
-GGUF = ("gguf-q8_0", "gguf-q5_1", "gguf-q4_0", "gguf-bf16")
-FORMATS = (*DTYPES, *(str(one) for one in Precision), "dfloat11", *GGUF)
+FORMATS = (*DTYPES, *(str(one) for one in Precision), "dfloat11", *(f"gguf-{kind}" for kind in KINDS))
 
 
 def option(help: str, default: Any = None, **argument: Any) -> Any:
@@ -358,7 +367,7 @@ class EvalCurve:
     def load(self, folder: Path) -> Bagel:
         checkpoint = open_run(folder, self.weights)
         assert checkpoint is not None
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(self.device or default_device())
         for part in filter(None, (checkpoint.model, checkpoint.autoencoder)):
             part.to(device)
         return Bagel(checkpoint)
@@ -421,12 +430,8 @@ class Convert:
         if self.shard_gb is not None and self.to.startswith(("dfloat11", "gguf")):
             raise ValueError(f"--shard-gb has no effect with --to {self.to}; leave it out")
         if self.to == "dfloat11":
-            from openbagel.dfloat11 import write_dfloat11
-
             return write_dfloat11(self.output, checkpoint)
         if self.to.startswith("gguf-"):
-            from openbagel.gguf_files import write_gguf
-
             return write_gguf(self.output, checkpoint, self.to.removeprefix("gguf-"))
         if self.to not in DTYPES:
             needs_cuda = self.to == Precision.INT4 and torch.cuda.is_available()

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from openbagel.checks import nearest, retold
 from openbagel.config import (
     FLUX_VAE,
     BagelConfig,
@@ -35,7 +36,6 @@ from openbagel.config import (
     ViTConfig,
     bagel_7b,
     from_json,
-    nearest,
     official_settings,
     to_json,
 )
@@ -50,6 +50,7 @@ from openbagel.quantize import (
     packed_names,
     precision_of,
     quantize,
+    require_no_adapter,
     stored_precision,
 )
 from openbagel.tokens import TextCodec
@@ -111,13 +112,10 @@ class TensorFiles:
     def __init__(self, paths: list[Path]) -> None:
         self.handles: dict[str, Any] = {}
         for path in paths:
-            try:
+            message = f"{path} is no complete safetensors file ({{error}}); download it again"
+            with retold(message, SafetensorError, OSError):
                 check_tensor_file(path)
                 handle = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path} is no complete safetensors file ({error}); download it again"
-                ) from None
             if twice := self.handles.keys() & handle.keys():
                 raise ValueError(f"{path} holds {min(twice)}, which another shard holds too")
             self.handles.update(dict.fromkeys(handle.keys(), handle))
@@ -224,6 +222,11 @@ def load_checkpoint(
     if (largest := max(codec.tokenizer.get_vocab().values())) >= config.llm.vocab_size:
         raise ValueError(f"{folder}: its tokenizer has id {largest}, its model {config.llm.vocab_size} ids")
     return Checkpoint(config, model, autoencoder, codec)
+
+
+def default_device() -> torch.device:
+    """CUDA if there is a card, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -368,7 +371,7 @@ def _config_tree(folder: Path, stored: dict[str, Any], shapes: Shapes, vae_shape
 
 def _facts_of_shapes(shapes: Shapes) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    layer = "language_model.model.layers.0."
+    layer = f"{LAYERS}0."
     if layer + "self_attn.q_proj_moe_gen.weight" in shapes:
         facts["layer_module"] = Experts.MOT.value
     elif layer + "mlp_moe_gen.gate_proj.weight" in shapes:
@@ -397,7 +400,7 @@ def llm_fields_of(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
         if fields.get(key, value) != value:
             raise ValueError(f"llm_config: {key}={fields[key]!r} is not supported, only {value!r}")
     names = [f.name for f in dataclasses.fields(LLMConfig) if f.name in fields]
-    qk_norm = "language_model.model.layers.0.self_attn.q_norm.weight" in shapes
+    qk_norm = f"{LAYERS}0.self_attn.q_norm.weight" in shapes
     return {name: fields[name] for name in names} | {"qk_norm": qk_norm}
 
 
@@ -510,8 +513,7 @@ def save_all_but_transformer(
     ValueError when the model's tensors are not those of a checkpoint: an adapter is bound, or they are
     packed.
     """
-    if any(".lora." in name for name, _ in checkpoint.model.named_parameters()):
-        raise ValueError("an adapter is bound to the model; merge or remove it first (openbagel.lora)")
+    require_no_adapter(checkpoint.model)
     if any(name.endswith(".encoded_exponent") for name, _ in checkpoint.model.named_buffers()):
         raise ValueError("the model's weights are packed (DFloat11); load it with device='cpu' to write it")
     (folder / vae_file).parent.mkdir(parents=True, exist_ok=True)

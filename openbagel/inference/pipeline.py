@@ -26,7 +26,7 @@ from openbagel.placement import Placement, place
 from openbagel.quantize import check_device, precision_of, quantize
 from openbagel.sequence import Packer, Segment, Text
 from openbagel.tokens import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING
-from openbagel.weights import Checkpoint, default_dtype, load_checkpoint
+from openbagel.weights import Checkpoint, default_device, default_dtype, load_checkpoint
 
 Part = str | Path | Image.Image
 """Something said or shown: a `str` is text, a path or a picture is shown."""
@@ -100,9 +100,7 @@ class Bagel:
         offload, max_memory = options.get("offload"), options.get("max_memory")
         spread = str(device) == "auto" or (max_memory is not None and device is None)
         placed = spread or offload is not None or max_memory is not None
-        if spread or device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        chosen = torch.device(device)
+        chosen = default_device() if spread or device is None else torch.device(device)
         dtype = dtype or default_dtype(chosen)
         precision = options.get("quantize")
         waits = precision is not None or placed

@@ -33,7 +33,7 @@ from openbagel.model.transformer import Block
 from openbagel.model.vit import EncoderLayer
 from openbagel.sequence import PackedSequence
 from openbagel.train.metrics import Report, say
-from openbagel.weights import MAY_BE_MISSING, TensorFiles
+from openbagel.weights import MAY_BE_MISSING, TensorFiles, default_device
 
 LAYERS = (Block, EncoderLayer)
 TIMEOUT_S = 1800.0
@@ -54,7 +54,7 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_first = self.rank == 0
         self.report = report if self.is_first else lambda _: None
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind = device or default_device().type
         if kind == "cuda":
             kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(kind)
