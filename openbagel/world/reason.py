@@ -44,7 +44,9 @@ def think_draw(choose: Choice) -> Steps:
 
 
 def think_edit(choose: Choice) -> Steps:
-    """Edit: "remove the odd one out", "add as many red circles as squares minus one"."""
+    """Edit: "remove the odd one out", "add as many red circles as squares minus one". The thought ends with the
+    plain instruction for the same edit.
+    """
     return choose.pick((_add_many, _remove, _recolour))(choose)
 
 
@@ -68,7 +70,8 @@ REASON = kinds(think_draw, think_edit, think_ask)
 
 def _remove(choose: Choice) -> Steps:
     scene, thing, riddle = _subject(choose)
-    return _edited(scene, f"remove {riddle.words}", riddle.thought, scene.put(thing))
+    thought = f"{riddle.thought} remove {Phrase.of(thing).definite()}."
+    return _edited(scene, f"remove {riddle.words}", thought, scene.put(thing))
 
 
 @again
@@ -81,7 +84,8 @@ def _recolour(choose: Choice) -> Steps:
     if choose.chance(1 / 2):
         hidden = _left_over(choose, after)
         prompt, thought = f"recolour {riddle.words}. {hidden.words}", f"{thought} {hidden.thought}"
-    return _edited(scene, prompt, thought, target)
+    order = f"make {Phrase.of(thing).definite()} {after.colour}."
+    return _edited(scene, prompt, f"{thought} {order}", target)
 
 
 def _add_many(choose: Choice) -> Steps:
@@ -93,14 +97,14 @@ def _add_many(choose: Choice) -> Steps:
     added = choose.looks(count, phrase.matches, also=look)
     target = choose.place([*choose.rng.sample(counted, len(counted)), *added])
     prompt = f"add as many {phrase.noun(plural=True)} as {riddle.words}"
-    thought = f"{riddle.thought} so {phrase.indefinite()}:"
+    thought = f"{riddle.thought} add {phrase.indefinite()}."
     return _edited(replace(target, things=target.things[:-count]), prompt, thought, target, phrase)
 
 
 def _edited(scene: Scene, prompt: str, thought: str, target: Scene, *added: Phrase) -> Steps:
     kept = scene.things if added else target.things
     spec = Spec(added, ground=scene.ground, kept=kept)
-    return Shown(scene), Said(prompt), Thinks(f"{thought} {layout(target)}"), Draws(target, spec)
+    return Shown(scene), Said(prompt), Thinks(thought), Draws(target, spec)
 
 
 # riddles for numbers ----------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_thoughts_reckon_right(kind: str, world: str) -> None:
         for colour, fate in re.findall(rf"({COLOUR}) is (out|left)", text):
             listed = re.search(r"the colour is (.*), but not (.*)", reading.said(made)[0])
             assert listed and (colour in listed[2]) == (fate == "out")
-        if kind != "think_ask":
+        if kind == "think_draw":
             assert text.endswith(f"{reading.scene_of(reading.draws(made)[0]).ground} ground")
     assert steps > 60
 
@@ -161,6 +161,25 @@ def test_thoughts_name_the_answer(world: str) -> None:
     for made in reading.examples(world, "think_ask"):
         assert re.search(rf"\b{reading.written(made)[0]}\b", reading.thought(made).split(". ")[-1])
         assert not re.search(rf" ({RELATION}) ", reading.thought(made))
+
+
+@pytest.mark.parametrize("world", BOTH)
+def test_thoughts_of_edits_end_with_the_plain_instruction(world: str) -> None:
+    verbs = Counter[str]()
+    for made in reading.examples(world, "think_edit"):
+        order = reading.thought(made).removesuffix(".").split(". ")[-1]
+        (scene,), (step,) = reading.shown(made), reading.draws(made)
+        target = reading.scene_of(step)
+        gone, new = set(scene.things) - set(target.things), set(target.things) - set(scene.things)
+        match = re.fullmatch(rf"(add|remove|make) (.*?)(?: ({COLOUR}))?", order)
+        assert match
+        verbs[match[1]] += 1
+        if match[1] == "add":
+            assert not gone and order == f"add {step.spec.objects[0].indefinite()}"
+            continue
+        assert set(named(match[2].removeprefix("the "), scene)) == gone and len(gone) == 1
+        assert [thing.colour for thing in new] == [match[3]] * (match[1] == "make")
+    assert len(verbs) == 3
 
 
 def test_without_its_thought_the_prompt_is_the_same() -> None:
