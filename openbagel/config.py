@@ -119,6 +119,8 @@ class Sampling:
     taylorseer: bool = False
     tiled_vae: bool = False
     """Encode and decode large pictures in overlapping tiles: bounded memory, approximate."""
+    negative_prompt: str = ""
+    """What a picture should not show: text guidance leads away from it, in place of from no text."""
 
     def __post_init__(self) -> None:
         check_least(self, max_tokens=1, max_think_tokens=0, temperature=0, top_k=0, num_timesteps=2)

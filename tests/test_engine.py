@@ -1,5 +1,6 @@
 """Requests that share one model: alone, in turns, packed, cancelled; guidance branches and TaylorSeer."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -281,3 +282,54 @@ def test_taylorseer_counts_each_branch_by_itself(engine: Engine) -> None:
     guided_steps = sum(late.acts_at(1 - i / 23) for i in range(23))
     full = [len([n for n in range(steps) if n <= 4 or n % 3 == 1]) for steps in (23, guided_steps)]
     assert passes == sum(full)
+
+
+@pytest.mark.parametrize("broken", ["forward", "logits"])
+def test_a_step_that_fails_may_be_made_again(engine: Engine, broken: str, monkeypatch: Any) -> None:
+    alone = engine.drive(say(PROMPT, PICTURE, [Text((5, 6))]))
+    request, results, failures = say(PROMPT, PICTURE, [Text((5, 6))]), None, 0
+    while True:
+        try:
+            forward = advance(request, results)
+        except StopIteration as stop:
+            assert stop.value == alone and failures > 3
+            return
+        with monkeypatch.context() as patch:
+
+            def fail(*_: Any, **__: Any) -> None:
+                raise torch.OutOfMemoryError("no memory")
+
+            patch.setattr(engine.model, broken, fail)
+            try:
+                (results,) = engine.step([forward])
+                continue
+            except torch.OutOfMemoryError:
+                failures += 1
+        (results,) = engine.step([forward])
+
+
+def test_light_forwards_are_tokens_of_texts(engine: Engine) -> None:
+    sizes: dict[bool, set[int]] = {True: set(), False: set()}
+    for request in (say(PROMPT, PICTURE), draw(PROMPT, sampling=replace(FAST, guidance=Guidance(text=4.0)))):
+        results = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                forward = advance(request, results)
+                sizes[forward.is_light].add(forward.size)
+                (results,) = engine.step([forward])
+    assert sizes[True] <= {1, 2} and {7, 6 * 2} <= sizes[False]
+
+
+def test_a_negative_prompt_takes_the_place_of_no_text() -> None:
+    """The text branch of "draw a, not b" is the prompt's branch of "draw b"."""
+    bagel, first = tiny.bagel(), []
+    guided = replace(tiny.SAMPLING, guidance=Guidance(text=4.0, interval=(0.0, 1.0)))
+    for sampling, prompt in ((replace(guided, negative_prompt="b"), "a"), (guided, "b")):
+        parts = {"size": None, "seed": 0, "think": False, "sampling": sampling}
+        request = bagel.draw_request([prompt], **parts)
+        results = None
+        while (forward := advance(request, results)).rows[0].read is not Read.VELOCITY:
+            (results,) = bagel.engine.step([forward])
+        first.append([result.output for result in bagel.engine.step([forward])[0]])
+    (not_b, cond_a), (nothing, cond_b) = first
+    assert close(not_b, cond_b) and not close(not_b, nothing) and not close(not_b, cond_a)

@@ -23,7 +23,7 @@ from torch import Tensor
 from openbagel.inference.context import Context
 from openbagel.inference.events import Event
 from openbagel.model.bagel import BagelModel
-from openbagel.sequence import PackedSequence, Packer, Segment, VaeImage
+from openbagel.sequence import PackedSequence, Packer, Segment, Text, VaeImage
 
 T = TypeVar("T")
 
@@ -64,6 +64,16 @@ class Result:
 class Forward:
     rows: tuple[Row, ...]
 
+    @property
+    def is_light(self) -> bool:
+        """Whether it is one token of a text, or its end."""
+        return all(isinstance(s, Text) and s.bare for row in self.rows for s in row.segments)
+
+    @property
+    def size(self) -> int:
+        """About how many tokens go through the stack; a patch of a picture counts as 16×16 pixels."""
+        return sum(_tokens(s) for row in self.rows if row.forecast is None for s in row.segments)
+
 
 Request = Generator[Forward | Event, tuple[Result, ...], T]
 
@@ -84,28 +94,32 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, forwards: Sequence[Forward]) -> list[tuple[Result, ...]]:
-        """Runs all rows of all forwards as one pack; results come in the same order."""
+        """Runs all rows of all forwards as one pack; results come in the same order.
+
+        A step that fails leaves every context as it was.
+        """
         rows = [row for forward in forwards for row in forward.rows]
-        hidden = self._run([row for row in rows if row.forecast is None])
+        new = [row for row in rows if row.forecast is None]
+        pack = self._pack(new) if new else None
+        hidden = iter(self._run(new, pack) if pack else ())
         states = [next(hidden) if row.forecast is None else row.forecast for row in rows]
         results = iter(self._read(rows, states))
+        if pack:
+            for row, spans, position in zip(new, pack.spans, pack.next_positions, strict=True):
+                if row.keep:
+                    row.context.commit(sum(span.length for span in spans if not span.hidden), position)
         return [tuple(next(results) for _ in forward.rows) for forward in forwards]
 
-    def _run(self, rows: list[Row]) -> Iterator[Tensor]:
+    def _pack(self, rows: list[Row]) -> PackedSequence:
+        positions = [row.context.position for row in rows]
+        return self.packer.pack([row.segments for row in rows], positions).to(self.device)
+
+    def _run(self, rows: list[Row], pack: PackedSequence) -> list[Tensor]:
         """Per row: the hidden state of its last token, or those of its latents."""
-        if not rows:
-            return iter(())
-        pack = self.packer.pack([row.segments for row in rows], [row.context.position for row in rows]).to(
-            self.device
-        )
         self.passes += len(rows)
         for row, spans in zip(rows, pack.spans, strict=True):
             row.context.prepare(sum(span.length for span in spans), keep=row.keep)
-        hidden_TD = self.model(pack, caches=[row.context for row in rows])
-        for row, spans, position in zip(rows, pack.spans, pack.next_positions, strict=True):
-            if row.keep:
-                row.context.commit(sum(span.length for span in spans if not span.hidden), position)
-        return iter(_states(rows, pack, hidden_TD))
+        return _states(rows, pack, self.model(pack, caches=[row.context for row in rows]))
 
     def _read(self, rows: list[Row], states: list[Tensor]) -> list[Result]:
         results = [Result()] * len(rows)
@@ -177,6 +191,14 @@ def advance(
         listen(item)
         item = next(request)
     return item
+
+
+def _tokens(segment: Segment) -> int:
+    if isinstance(segment, Text):
+        return len(segment.ids)
+    if isinstance(segment, VaeImage):
+        return sum(len(frame.tokens) for frame in segment.frames)
+    return 0 if segment.pixels is None else segment.pixels[0].numel() // 16**2
 
 
 def _states(rows: list[Row], pack: PackedSequence, hidden_TD: Tensor) -> list[Tensor]:

@@ -22,8 +22,8 @@ class Thought:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preview:
-    """A denoising step was made. latents: float[h·w, C], still noisy, on a grid (h, w); float[frames, h·w, C]
-    where frames are drawn together.
+    """A denoising step was made. latents: float[h·w, C] on a grid (h, w), what the picture would be if the
+    rest of the way were straight; float[frames, h·w, C] where frames are drawn together.
     """
 
     step: int

@@ -2,7 +2,8 @@
 
     branch   sees                                          used for
     cond     everything                                    the prompt's velocity
-    text     everything but the last text and the thought  text guidance: away from "no instruction"
+    text     everything but the last text and the thought  text guidance: away from "no instruction", or
+             (a negative prompt in their place)            from the negative prompt
     image    the texts (and the system prompt) only        image guidance: away from "no picture"
 
 Branches whose contexts are equal by lineage are computed once.
@@ -52,6 +53,12 @@ class Branches:
             else:
                 output, self.text = yield from self._take_in(part, self.cond, reading)
         return output
+
+    def avoiding(self, text: Text) -> Request["Branches"]:
+        """The same for one picture that shall not show what a text says."""
+        negative = self.text.fork()
+        yield Forward((Row(negative, (text,), keep=True),))
+        return replace(self, text=negative)
 
     def filmed(self, part: Sequence[Segment]) -> Request[None]:
         """Takes in frames just drawn, to go on with the same text: the text branch sees them too."""
@@ -110,8 +117,9 @@ def denoise(branches: Branches, noise: Tensor, grid: tuple[int, int], sampling: 
                 seers[lineage].record(result.hidden)
         outputs = [by_lineage[context.lineage].output for context in wanted]
         velocities = [output.reshape(x.shape) for output in outputs if output is not None]
-        x = euler(x, _combined(guidance, velocities), t, t_next)
-        yield events.Preview(step, len(times) - 1, x, grid)
+        velocity = _combined(guidance, velocities)
+        yield events.Preview(step, len(times) - 1, euler(x, velocity, t, 0.0), grid)
+        x = euler(x, velocity, t, t_next)
     return x
 
 

@@ -21,7 +21,7 @@ from openbagel.inference import events
 from openbagel.inference.engine import Request
 from openbagel.inference.image import Branches, denoise, draw_noise, frames_of
 from openbagel.model.vae import AutoEncoder
-from openbagel.sequence import Segment, VaeImage, VitImage
+from openbagel.sequence import Segment, Text, VaeImage, VitImage
 
 
 class PictureCodec:
@@ -99,6 +99,7 @@ class Brush:
     seed: int
     generator: torch.Generator
     device: torch.device
+    negative: Text | None = None
 
     def draw(
         self, branches: Branches, frames: int = 1, *, thought: str | None = None
@@ -107,6 +108,8 @@ class Brush:
         channels = self.codec.config.latent_channels
         drawn = [draw_noise(self.grid, channels, self.generator) for _ in range(frames)]
         noise = torch.stack(drawn) if frames > 1 else drawn[0]
+        if self.negative is not None:
+            branches = yield from branches.avoiding(self.negative)
         latents = yield from denoise(branches, noise.to(self.device), self.grid, self.sampling)
         tokens = list(latents if frames > 1 else latents[None])
         pictures = [self.codec.decode(one, self.grid, tiled=self.sampling.tiled_vae) for one in tokens]

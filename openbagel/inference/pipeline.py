@@ -12,7 +12,6 @@ from PIL import Image
 from openbagel.config import Sampling
 from openbagel.flow import Guidance
 from openbagel.hub import find_model
-from openbagel.images import open_picture, read_frames
 from openbagel.inference import events
 from openbagel.inference.context import Context
 from openbagel.inference.engine import Engine, Forward, Request, Row
@@ -22,6 +21,7 @@ from openbagel.inference.pictures import Brush, PictureCodec, clips
 from openbagel.inference.text import Answer, split_thought, write
 from openbagel.inference.video import film
 from openbagel.lora import load_adapter
+from openbagel.picture_files import open_picture, read_frames
 from openbagel.placement import Placement, place
 from openbagel.quantize import check_device, precision_of, quantize
 from openbagel.sequence import Packer, Segment, Text
@@ -233,18 +233,32 @@ class Bagel:
         until it ends its turn or has added max_parts, which only models trained to decide can (ValueError
         otherwise).
         """
+        request = self.chat_request(
+            parts, reply=reply, size=size, seed=seed, think=think, max_parts=max_parts
+        )
+        return self.engine.drive(request, self.listen)
+
+    def chat_request(
+        self,
+        parts: Sequence[Part],
+        *,
+        reply: Literal["auto", "text", "image"],
+        size: tuple[int, int] | None,
+        seed: int,
+        think: bool,
+        max_parts: int = 16,
+    ) -> Request[list[Answer | Image.Image]]:
+        """A request that does what `chat` does."""
         if reply not in ("auto", "text", "image") or not parts:
             raise ValueError(
                 f'"{reply}" is none of auto, text and image' if parts else "nothing was said or shown"
             )
         if reply == "auto":
-            request = self.interleave_request(parts, size=size, seed=seed, think=think, max_parts=max_parts)
-            return self.engine.drive(request, self.listen)
+            return self.interleave_request(parts, size=size, seed=seed, think=think, max_parts=max_parts)
         if reply == "text":
-            return [self.engine.drive(self.write_request(parts, seed=seed, think=think), self.listen)]
+            return _alone(self.write_request(parts, seed=seed, think=think))
         sampling = self._sampling(_task(parts), None)
-        drawing = self.draw_request(parts, size=size, seed=seed, think=think, sampling=sampling)
-        return [self.engine.drive(drawing, self.listen)]
+        return _alone(self.draw_request(parts, size=size, seed=seed, think=think, sampling=sampling))
 
     def write_request(self, parts: Sequence[Part], *, seed: int, think: bool) -> Request[Answer]:
         """A request that takes in parts and writes an answer."""
@@ -379,7 +393,8 @@ class Bagel:
         """A brush for pictures of a size, else of the last picture's, else of the model's own."""
         last = [(part.height, part.width) for part in parts if not isinstance(part, str)][-1:]
         grid = self.pictures.grid_of(size or (last[0] if last else self.config.settings.size))
-        return Brush(self.pictures, grid, sampling, seed, seeded(seed), self.engine.device)
+        negative = self._said(sampling.negative_prompt) if sampling.negative_prompt else None
+        return Brush(self.pictures, grid, sampling, seed, seeded(seed), self.engine.device, negative)
 
     def _heard(
         self, parts: Sequence[str | Image.Image | list[Image.Image]], brush: Brush, think: bool = False
@@ -399,6 +414,10 @@ class Bagel:
     def _sampling(self, task: Literal["draw", "edit"], guidance: Guidance | None) -> Sampling:
         sampling: Sampling = getattr(self.config.settings, task)
         return replace(sampling, guidance=guidance) if guidance else sampling
+
+
+def _alone(request: Request[Any]) -> Request[list[Any]]:
+    return [(yield from request)]
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -44,8 +44,9 @@ def think_draw(choose: Choice) -> Steps:
 
 
 def think_edit(choose: Choice) -> Steps:
-    """Edit: "remove the odd one out", "add as many red circles as squares minus one". The thought ends with the
-    plain instruction for the same edit.
+    """Edit: "remove the odd one out", "add as many red circles as squares minus one".
+
+    The thought ends with the plain instruction for the same edit.
     """
     return choose.pick((_add_many, _remove, _recolour))(choose)
 

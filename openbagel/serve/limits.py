@@ -1,0 +1,46 @@
+"""What a server allows: one object with safe defaults, shown by `/v1/limits`."""
+
+from dataclasses import dataclass
+
+from openbagel.checks import check_least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """Caps of one server; bytes, pixels, seconds and tokens as named.
+
+    picture_*: of every picture that is sent, judged before it is decoded. url_hosts: hosts that pictures may
+    be fetched from, none by default. queue: requests that wait, key_queue: of one key. running: requests that
+    share the model at a time, each with its own contexts; batch: forwards of different requests that share a
+    pass, 1 lets them take turns, bit-equal to their solo runs.
+    """
+
+    body_bytes: int = 32 * 2**20
+    body_seconds: float = 30.0
+    body_files: int = 16
+    body_fields: int = 64
+    pictures: int = 16
+    picture_formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP")
+    picture_pixels: int = 4096 * 4096
+    picture_side: int = 8192
+    decoders: int = 2
+    decode_seconds: float = 5.0
+    decode_bytes: int = 2**30
+    url_hosts: tuple[str, ...] = ()
+    url_bytes: int = 20_000_000
+    url_seconds: float = 10.0
+    queue: int = 64
+    key_queue: int = 32
+    running: int = 16
+    batch: int = 16
+    queue_seconds: float = 120.0
+    request_seconds: float = 300.0
+    n: int = 4
+    steps: int = 200
+    output_pixels: int = 3 * 2**19
+    tokens: int = 4096
+    texts: int = 100_000
+    """Characters of all texts of a request."""
+
+    def __post_init__(self) -> None:
+        check_least(self, queue=1, key_queue=1, running=1, batch=1, decoders=1, n=1, steps=1, tokens=1)
