@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from openbagel.config import Sampling
 from openbagel.evals.world import Plan, evaluate
 from openbagel.flow import Renorm
 from openbagel.inference.pipeline import Bagel
@@ -38,14 +39,21 @@ def settings(bagel: Bagel) -> Iterator[tuple[str, Bagel, Plan]]:
         yield f"thinking {'on' if think else 'off'}", bagel, replace(THOUGHTS, think=think)
 
 
+def score(bagel: Bagel, plan: Plan) -> dict[str, list[int]]:
+    right = Counter(r.kind for r in evaluate(bagel, plan) if r.right)
+    return {kind: [right[kind], plan.samples] for kind in plan.kinds}
+
+
 def main(model: str = "nano") -> None:
     results: dict[str, Any] = json.loads(OUTPUT.read_text("utf-8")) if OUTPUT.is_file() else {}
+    scored: dict[tuple[Sampling, Plan], Any] = {}
     for name, bagel, plan in settings(Bagel.load(model)):
+        same = bagel.config.settings.draw, plan  # the default goes by several names
         if name not in results:
-            right = Counter(r.kind for r in evaluate(bagel, plan) if r.right)
-            results[name] = {kind: [right[kind], plan.samples] for kind in plan.kinds}
+            results[name] = scored.get(same) or score(bagel, plan)
             OUTPUT.parent.mkdir(exist_ok=True)
             OUTPUT.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        scored[same] = results[name]
         print(name, dict(results[name]), flush=True)
 
 
