@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from PIL import Image
 
-from openbagel.config import Sampling
+from openbagel.config import ModelSettings, Sampling
 from openbagel.flow import Guidance
 from openbagel.hub import find_model
 from openbagel.inference import events
@@ -131,11 +131,20 @@ class Bagel:
         An exception that the listener raises ends the request: that is how a caller cancels between steps or
         tokens.
         """
-        other = copy.copy(self)
+        other = self
         if sampling is not None:
-            settings = replace(self.config.settings, draw=sampling, edit=sampling, ask=sampling)
-            other.config = replace(self.config, settings=settings)
+            tasks = replace(self.config.settings, draw=sampling, edit=sampling, ask=sampling)
+            other = self.with_settings(tasks)
+        other = copy.copy(other)
         other.listen = listen or self.listen
+        return other
+
+    def with_settings(self, settings: ModelSettings) -> "Bagel":
+        """The same model with other facts than its config.json has, such as how pictures are resized."""
+        other = copy.copy(self)
+        other.config = replace(self.config, settings=settings)
+        other.pictures = PictureCodec(other.config, self.autoencoder)
+        other.encode, other.decode = other.pictures.encode, other.pictures.decode
         return other
 
     @overload

@@ -1,0 +1,324 @@
+"""Benchmarks: samples in, verdicts out, every figure traceable to what was asked, made and said.
+
+    RUN/run.json          what was run: suite, model, options, data; a run goes on only with the same
+        made-R.jsonl      what the model made of each sample, by rank R; pictures stand in outputs/
+        verdicts-R.jsonl  what that is worth, and why: scores, replies of judges
+        summary.json      values with their intervals, and how many samples had a problem
+        index.html        all of it to look through
+
+A run that was cut goes on where it was: a line is written when its sample is done. Ranks (RANK and
+WORLD_SIZE, as torchrun sets them) share the samples; whichever ends last writes the summary.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from PIL import Image
+
+import openbagel
+from openbagel.checks import check_least
+from openbagel.config import adjusted, from_json, to_json
+from openbagel.evals.judges import Judge, Reply
+from openbagel.files import read_json, write_json
+from openbagel.images import ImageLimits
+from openbagel.inference.engine import Request
+from openbagel.inference.pipeline import Answer, Bagel
+from openbagel.picture_files import open_picture, save_picture
+
+T = TypeVar("T")
+AS_THEY_ARE = ImageLimits(max_size=2**16, min_size=1, stride=1, max_pixels=2**32)
+RESAMPLES = 400
+"""Of the bootstrap that gives the intervals."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One thing to be made. parts: texts, and paths of pictures, in order. file: where a picture made of it
+    goes below outputs/, as the benchmark's own scorers have it. truth: what the verdict needs.
+
+    problem: why it cannot be asked (a picture that is missing, a broken line); it is counted.
+    """
+
+    id: str
+    parts: tuple[str | Path, ...] = ()
+    group: str = ""
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    file: str = ""
+    truth: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What the model made: a text, or a picture's file below outputs/. asked: SHA-256 of what was given."""
+
+    id: str
+    text: str = ""
+    file: str = ""
+    thought: str | None = None
+    asked: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Scores by name; no score where there was a problem, such as a reply that could not be read."""
+
+    id: str
+    group: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    problem: str = ""
+    replies: tuple[Reply, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What a verdict is made with: the data's folder, the pictures that were made, and perhaps a judge."""
+
+    data: Path
+    outputs: Path
+    judge: Judge | None = None
+
+    def picture(self, made: Made) -> Image.Image:
+        return open_picture(self.outputs / made.file)
+
+
+Summary = Callable[[Sequence[Verdict]], dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """A benchmark. needs: the files it reads, in the layout in which they were published.
+
+    options: the published settings, by the names of `config.adjusted`. looks: how pictures are brought to the
+    ViT, None: as the model has it. published: rows of the literature, for comparison. submission: writes what
+    a benchmark's own server or scorer takes, and says where.
+    """
+
+    name: str
+    about: str
+    needs: str
+    samples: Callable[[Path], Iterable[Sample]]
+    score: Callable[[Sample, Made, Desk], Verdict]
+    summary: Summary
+    reply: Literal["text", "image"] = "text"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    think_options: Mapping[str, Any] = field(default_factory=dict)
+    looks: ImageLimits | None = None
+    judged: bool = False
+    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    submission: Callable[[Sequence[tuple[Sample, Made]], Path], Path] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a suite is run. pictures: a folder of pictures made elsewhere, judged in place of the model's."""
+
+    data: Path
+    folder: Path
+    limit: int | None = None
+    think: bool = False
+    batch: int = 8
+    threads: int = 8
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_least(self, limit=1, batch=1, threads=1)
+
+
+def run(
+    suite: Suite, plan: Plan, load: Callable[[], Bagel], *, model: str, judge: Judge | None = None
+) -> Iterator[Verdict]:
+    """Makes and judges what is not there yet, and yields every verdict of this rank; the model is loaded
+    only when something is to be made. ValueError where the folder holds another run.
+    """
+    if suite.judged and judge is None:
+        raise ValueError(f"{suite.name} needs a judge: give --judge URL and --judge-model NAME")
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    samples = list(suite.samples(plan.data))[: plan.limit]
+    if not samples:
+        raise ValueError(f"{plan.data} holds no sample of {suite.name}; it needs {suite.needs}")
+    _check_same(plan.folder / "run.json", _told(suite, plan, samples, model, judge))
+    own = samples[rank::ranks]
+    made = _Lines(plan.folder / f"made-{rank}.jsonl", Made)
+    verdicts = _Lines(plan.folder / f"verdicts-{rank}.jsonl", Verdict)
+    desk = Desk(plan.data, plan.folder / "outputs", judge)
+    if waiting := [sample for sample in own if sample.id not in made.found]:
+        bagel = preset(load(), suite, plan)
+        for first in range(0, len(waiting), plan.batch):
+            some = waiting[first : first + plan.batch]
+            values = bagel.engine.drive_all([_attempt(bagel, suite, plan, sample) for sample in some])
+            for sample, value in zip(some, values, strict=True):
+                made.add(_kept(sample, value, desk.outputs))
+    left = [sample for sample in own if sample.id not in verdicts.found]
+    with ThreadPoolExecutor(plan.threads) as pool:
+        for verdict in pool.map(lambda sample: _verdict(suite, sample, made.found[sample.id], desk), left):
+            verdicts.add(verdict)
+    done = read_lines(plan.folder.glob("verdicts-*.jsonl"), Verdict)
+    if len(done) == len(samples):
+        write_json(plan.folder / "summary.json", summarised(suite, list(done.values())))
+        if suite.submission is not None:
+            everything = read_lines(plan.folder.glob("made-*.jsonl"), Made)
+            suite.submission([(sample, everything[sample.id]) for sample in samples], plan.folder)
+    yield from (verdicts.found[sample.id] for sample in own)
+
+
+def preset(bagel: Bagel, suite: Suite, plan: Plan) -> Bagel:
+    """The model with a suite's published settings, and those that the plan asks for on top."""
+    task = "ask" if suite.reply == "text" else "edit"
+    options = {**suite.options, **(suite.think_options if plan.think else {}), **plan.options}
+    settings = bagel.config.settings
+    tuned = bagel.using(adjusted(getattr(settings, task), options))
+    if suite.looks is None:
+        return tuned
+    looks = replace(tuned.config.settings, vit_limits=suite.looks, vae_limits=AS_THEY_ARE)
+    return tuned.with_settings(looks)
+
+
+def _attempt(bagel: Bagel, suite: Suite, plan: Plan, sample: Sample) -> Request[Any]:
+    """The reply, or the ValueError that kept the model from giving one."""
+    try:
+        if sample.problem:
+            raise ValueError(sample.problem)
+        parts = [open_picture(part) if isinstance(part, Path) else part for part in sample.parts]
+        return (
+            yield from bagel.chat_request(
+                parts, reply=suite.reply, size=sample.size, seed=sample.seed, think=plan.think
+            )
+        )[0]
+    except ValueError as error:
+        return error
+
+
+def _kept(sample: Sample, value: Answer | Image.Image | ValueError, outputs: Path) -> Made:
+    """A line for what was made, a picture in its file first."""
+    if isinstance(value, ValueError):
+        return Made(id=sample.id, problem=str(value))
+    asked = hashlib.sha256()
+    for part in sample.parts:
+        asked.update(hashlib.sha256(part.read_bytes() if isinstance(part, Path) else part.encode()).digest())
+    known = {"id": sample.id, "asked": asked.hexdigest()}
+    if isinstance(value, Answer):
+        return Made(text=str(value), thought=value.thought, **known)
+    file = sample.file or f"{sample.id}.png"
+    save_picture(value, outputs / file)
+    return Made(file=file, thought=value.info.get("thought"), **known)
+
+
+def _verdict(suite: Suite, sample: Sample, made: Made, desk: Desk) -> Verdict:
+    if made.problem:
+        return Verdict(id=sample.id, group=sample.group, problem=made.problem)
+    return suite.score(sample, made, desk)
+
+
+# the folder of a run --------------------------------------------------------------------------------------
+
+
+class _Lines(Generic[T]):
+    """A JSONL file of one kind that grows by a line at a time."""
+
+    def __init__(self, path: Path, kind: type[T]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.found = path, read_lines([path] if path.is_file() else [], kind)
+        path.write_text("".join(map(_line, self.found.values())), "utf-8")
+
+    def add(self, one: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(one))
+        self.found[one.id] = one
+
+
+def _line(one: Any) -> str:
+    return json.dumps(to_json(one)) + "\n"
+
+
+def read_lines(paths: Iterable[Path], kind: type[T]) -> dict[str, T]:
+    """What ranks wrote, by sample; a last line that a kill cut is left out."""
+    found: dict[str, T] = {}
+    for path in sorted(paths):
+        for line in path.read_text("utf-8").rpartition("\n")[0].splitlines():
+            one: Any = from_json(kind, json.loads(line), str(path))
+            found[one.id] = one
+    return found
+
+
+def _told(
+    suite: Suite, plan: Plan, samples: Sequence[Sample], model: str, judge: Judge | None
+) -> dict[str, Any]:
+    """All that a figure depends on."""
+    asked = hashlib.sha256(repr([(s.id, s.parts, s.seed, s.size, s.problem) for s in samples]).encode())
+    return {
+        "suite": suite.name,
+        "model": model,
+        "samples": len(samples),
+        "data": asked.hexdigest(),
+        "think": plan.think,
+        "options": {**suite.options, **plan.options},
+        "judge": to_json(judge.endpoint) if judge else None,
+        "versions": {
+            "openbagel": openbagel.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _check_same(path: Path, told: dict[str, Any]) -> None:
+    """Writes what is run, or compares it with what was; versions may differ."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, told)
+    before = read_json(path)
+    for key in told.keys() - {"versions"}:
+        if before.get(key) != json.loads(json.dumps(told[key])):
+            was = f"{key} {before.get(key)!r}, not {told[key]!r}"
+            raise ValueError(f"{path.parent} holds a run with {was}; name another folder")
+
+
+# scores -----------------------------------------------------------------------------------------------------
+
+
+def mean(verdicts: Sequence[Verdict], score: str, group: str | None = None) -> float:
+    """Of one score, over a group or all; NaN where there is none."""
+    values = [v.scores[score] for v in verdicts if score in v.scores and group in (None, v.group)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def summarised(suite: Suite, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Each value with its 95 % interval, a bootstrap over the samples of each group, and what went wrong."""
+    scored = sorted((v for v in verdicts if v.scores), key=lambda v: v.id)
+    groups: dict[str, list[Verdict]] = {}
+    for verdict in scored:
+        groups.setdefault(verdict.group, []).append(verdict)
+    rng, values = random.Random(0), suite.summary(scored)
+    draws: dict[str, list[float]] = {name: [] for name in values}
+    for _ in range(RESAMPLES):
+        again = [one for some in groups.values() for one in rng.choices(some, k=len(some))]
+        for name, value in suite.summary(again).items():
+            draws[name].append(value)
+    told = {}
+    for name, value in values.items():
+        ordered = sorted(x for x in draws[name] if not math.isnan(x))
+        ends = [ordered[int(len(ordered) * share)] for share in (0.025, 0.975)] if ordered else [value] * 2
+        told[name] = {"value": value, "low": ends[0], "high": ends[1]}
+    problems = Counter(sorted(v.problem.partition(":")[0] for v in verdicts if v.problem))
+    return {
+        "suite": suite.name,
+        "samples": len(verdicts),
+        "scored": len(scored),
+        "values": told,
+        "problems": problems,
+    }
