@@ -14,8 +14,8 @@ def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def check_choice(what: str, word: Any, choices: Iterable[str]) -> None:
-    """ValueError, with the nearest one, when a word is none of the choices."""
-    if word not in (choices := list(choices)):
+    """ValueError, with the nearest one, when a word is none of the choices: words, or an enum of them."""
+    if word not in (choices := [str(choice) for choice in choices]):
         raise ValueError(f"{what} {word!r} is none of {', '.join(choices)}{nearest(str(word), choices)}")
 
 

@@ -18,6 +18,7 @@ A chunk can be decoded without those before it: by a thread of a GPU each, or ma
 """
 
 import heapq
+import math
 import re
 from importlib.util import find_spec
 from itertools import pairwise
@@ -25,12 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openbagel import weights
+from openbagel.checks import retold
 from openbagel.files import read_json
-from openbagel.model.bagel import BagelModel
 
 CONFIG = "dfloat11_config"
 LEAVES, SPLITS = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps"), "split_positions"
@@ -44,10 +44,14 @@ MOST = (48 * 1024 - 4 * THREADS - 4) // 2
 """Weights of a block: the kernel collects them in the memory that its threads share."""
 OWNER = r"language_model\.(lm_head|model\.embed_tokens)|(language_model\.model|vit_model\..*)\.layers\.\d+"
 """Modules whose linears are packed together, or that are packed themselves."""
+PATTERN = re.compile(r"(\w|\\?\.|(\\d|\[0-9])\+(?=\\\.|$))+")
+"""What is taken of patterns for modules: names with open numbers. Others could take for ever to match."""
 LOOKUP, AT_ONCE = 16, 8
 """The decoder looks LOOKUP bits up at once and takes at most AT_ONCE codes from them."""
 ROW, LANES, PIECE = 16, 2**14, 2**21
 """It decodes LANES rows of ROW chunks side by side; the encoder codes PIECE weights at once."""
+
+Arrays = tuple[np.ndarray, ...]
 
 
 def is_packed(place: Path) -> bool:
@@ -61,30 +65,28 @@ class PackedFiles(weights.TensorFiles):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__([p for p in sorted(folder.glob("*.safetensors")) if p.name != weights.VAE_FILE])
+        paths = [path for path in sorted(folder.glob("*.safetensors")) if path.name != weights.VAE_FILE]
+        super().__init__(paths, str(folder))
         settings = read_json(folder / "config.json")[CONFIG]
         owners = [name.rpartition(".")[0] for name in self.handles if name.endswith(".encoded_exponent")]
         self.opened: tuple[str, Tensor] = "", torch.empty(0)
-        self.packs: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
+        self.packs: dict[str, tuple[str, slice]] = {}
+        message = f"{folder} is not as dfloat11 0.5.0 packs ({{error}}): {settings}"
+        with retold(message, AssertionError, AttributeError, KeyError, TypeError, ValueError):
             (self.threads,), chunk = settings["threads_per_block"], settings["bytes_per_thread"]
             for owner in owners:
                 edges = [0, *self._raw(owner, SPLITS).long().tolist(), len(self._raw(owner, "sign_mantissa"))]
                 names = _packed_by(owner, settings["pattern_dict"])
-                self.packs[owner] = dict(zip(names, pairwise(edges), strict=True))
+                places = ((owner, slice(*ends)) for ends in pairwise(edges))
+                self.packs |= zip(names, places, strict=True)
                 assert edges == sorted(edges)
             assert chunk * 8 == BITS and self.threads in range(ROW, 1025, ROW)
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError, re.error) as error:
-            raise ValueError(f"{folder} is not as dfloat11 0.5.0 packs ({error!r}): {settings}") from None
-        self.owners = {name: owner for owner, places in self.packs.items() for name in places}
         buffers = {f"{owner}.{leaf}" for owner in owners for leaf in (*LEAVES, SPLITS)}
+        sizes = {name: place.stop - place.start for name, (_, place) in self.packs.items()}
         self.found = {name: shape for name, shape in super().shapes().items() if name not in buffers}
-        sizes = {name: end - start for places in self.packs.values() for name, (start, end) in places.items()}
         self.found |= {name: (1, size) for name, size in sizes.items()}
-        config = weights.read_config(folder, self.found, weights.open_autoencoder(folder).shapes(), {})
-        with torch.device("meta"):
-            wanted = BagelModel(config).state_dict()
-        self.found |= {name: tuple(t.shape) for name, t in wanted.items() if t.numel() == sizes.get(name)}
+        wanted = weights.model_shapes(weights.read_config(folder, self.found, {}))
+        self.found |= {name: shape for name, shape in wanted.items() if math.prod(shape) == sizes.get(name)}
 
     def shapes(self) -> weights.Shapes:
         return self.found
@@ -96,14 +98,14 @@ class PackedFiles(weights.TensorFiles):
         return super().__getitem__(f"{owner}.{leaf}")
 
     def __getitem__(self, name: str) -> Tensor:
-        if (owner := self.owners.get(name)) is None:
+        if name not in self.packs:
             return super().__getitem__(name)
+        owner, place = self.packs[name]
         if self.opened[0] != owner:
-            try:
+            faults = IndexError, KeyError, TypeError, ValueError
+            with retold(f"{owner} is damaged ({{error}}); download it again", *faults):
                 self.opened = owner, decode({leaf: self._raw(owner, leaf) for leaf in LEAVES}, self.threads)
-            except (IndexError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{owner} is damaged ({error}); download it again") from None
-        return self.opened[1][slice(*self.packs[owner][name])].view(self.found[name]).clone()
+        return self.opened[1][place].view(self.found[name]).clone()
 
     def keep_packed(self, module: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
         """On CUDA, in bfloat16 and with the `dfloat11` package: its hooks decode a module's weights before
@@ -115,8 +117,9 @@ class PackedFiles(weights.TensorFiles):
         from dfloat11.dfloat11 import get_hook  # pyright: ignore[reportMissingImports]
 
         there = dict(module.named_modules())
-        for owner, places in self.packs.items():
-            linears = [there.get(name.removesuffix(".weight"), nn.Module()) for name in places]
+        for owner in dict(self.packs.values()):
+            names = [name.removesuffix(".weight") for name, (of, _) in self.packs.items() if of == owner]
+            linears = [there.get(name, nn.Module()) for name in names]
             if not all("weight" in linear._parameters for linear in linears):
                 continue  # only a part is wanted, which is decoded once
             for linear in linears:
@@ -135,8 +138,8 @@ class PackedFiles(weights.TensorFiles):
 def _packed_by(owner: str, patterns: dict[str, list[str]]) -> list[str]:
     """The weights that a module packs, none if no pattern is for it."""
     for pattern, parts in patterns.items():
-        if re.search(r"\)[*+?{]|([*+?{].*){4}", pattern):
-            raise ValueError(f"{pattern!r} repeats too much")  # could take for ever
+        if not PATTERN.fullmatch(pattern):
+            raise ValueError(f"{pattern!r} is no name with open numbers")
         if re.fullmatch(pattern, owner):
             return [f"{owner}.{part}.weight" for part in parts] or [f"{owner}.weight"]
     return []
@@ -151,20 +154,20 @@ def write_dfloat11(folder: Path, checkpoint: weights.Checkpoint) -> None:
     for owner, module in owners.items():
         parts = [name for name, part in module.named_modules() if name and isinstance(part, nn.Linear)]
         patterns[re.sub(r"\d+$", r"\\d+", re.escape(owner))] = parts
-    more = {"version": "0.5.0", "threads_per_block": [THREADS], "bytes_per_thread": BITS // 8}
-    more = {CONFIG: more | {"pattern_dict": patterns}}
+    own = {"version": "0.5.0", "threads_per_block": [THREADS], "bytes_per_thread": BITS // 8}
+    more = {CONFIG: own | {"pattern_dict": patterns}}
     weights.save_all_but_transformer(folder, checkpoint, vae_file=f"vae/{weights.VAE_FILE}", more=more)
     state = checkpoint.model.state_dict()
     for owner in owners:
         names = _packed_by(owner, patterns)
-        flat = [state[name].detach().to("cpu", torch.bfloat16).flatten() for name in names]
+        flat = [weights.on_cpu(state[name], torch.bfloat16).flatten() for name in names]
         if buffers := encode(torch.cat(flat)):
             buffers[SPLITS] = torch.tensor([len(part) for part in flat]).cumsum(0)[:-1]
             stored = {f"{owner}.{leaf}": tensor for leaf, tensor in buffers.items()}
-            save_file(stored, folder / f"{owner.replace('.', '_')}.safetensors", {"format": "pt"})
+            weights.save_tensors(folder / f"{owner.replace('.', '_')}.safetensors", stored)
             state = {name: tensor for name, tensor in state.items() if name not in names}
-    plain = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
-    save_file(plain, folder / weights.MODEL_FILES[1], {"format": "pt"})
+    plain = {name: weights.on_cpu(tensor, torch.bfloat16) for name, tensor in state.items()}
+    weights.save_tensors(folder / weights.MODEL_FILES[1], plain)
 
 
 def encode(values: Tensor) -> dict[str, Tensor] | None:
@@ -201,7 +204,7 @@ def encode(values: Tensor) -> dict[str, Tensor] | None:
     return dict(zip(LEAVES, map(torch.from_numpy, buffers), strict=True))
 
 
-def _code(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _code(counts: np.ndarray) -> Arrays:
     """A Huffman code of the exponents that occur: int64[256] lengths, uint8[256, longest] bits, and the LUTs.
     Counts are flattened until no code is too long and the tables are few enough to point at.
     """
@@ -264,7 +267,7 @@ def _walk(luts: np.ndarray, words: np.ndarray) -> np.ndarray:
     return found
 
 
-def _lookup(luts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _lookup(luts: np.ndarray) -> Arrays:
     """By the next LOOKUP bits, then by the exponent of a code that is longer: AT_ONCE exponents and the bits
     where their codes start (255: no code), eight bytes each, and how many bits they take.
     """
@@ -284,12 +287,7 @@ def _lookup(luts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return symbols.view(np.uint64)[:, 0], starts.view(np.uint64)[:, 0], np.concatenate([taken, luts[-1]])
 
 
-def _decoded(
-    encoded: np.ndarray,
-    luts: np.ndarray,
-    lookup: tuple[np.ndarray, np.ndarray, np.ndarray],
-    bounds: tuple[np.ndarray, np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
+def _decoded(encoded: np.ndarray, luts: np.ndarray, lookup: Arrays, bounds: Arrays) -> Arrays:
     """Lanes' exponents one lane after another, and how many each has. Bounds, in bits: where the first code
     of each lane starts, and what its last code starts before.
     """

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -22,10 +23,13 @@ PURPOSES = {
     "gguf": "GGUF files",
     "dfloat11": "fast DFloat11 weights on CUDA",
     "hf": "the transformers classes",
+    "serve": "HTTP server",
+    "ui": "web interface",
+    "ray": "Ray actors",
 }
 """What each extra is for."""
-PACKERS = {"nf4": "bitsandbytes", "int4": "torchao"}
-"""Packages that weights of a precision need."""
+REQUIREMENT = r"([\w.-]+)[^>;]*(?:>=([\d.]+))?(?:.*extra == .(\w+))?"
+"""A package, its least version and the extra it belongs to, as metadata writes them."""
 OFFICIAL, LARGE = "ByteDance-Seed/BAGEL-7B-MoT", 30e9
 """The released model and the bytes of its folder."""
 Finding = tuple[Literal["ok", "warn", "bad"], str]
@@ -42,32 +46,24 @@ def examine(model: str | None = None) -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     """What this package's own metadata requires; extras are needed only by those who use them."""
-    present, lacking = [f"Python {sys.version.split()[0]}"], {}
+    present, lacking = [f"Python {sys.version.split()[0]}"], defaultdict[str, list[str]](list)
     for text in metadata.requires("openbagel") or ():
-        match = re.match(r"([\w.-]+)[^>;]*(?:>=([\d.]+))?(?:.*extra == .(\w+))?", text)
-        name, least, extra = match.groups() if match else (text, None, None)
-        found = _version(name)
-        lacking.setdefault(extra, [])
-        if found and _numbers(found) >= _numbers(least or "0"):
-            present += [] if extra else [f"{name} {found}"]
-            continue
-        told = f"{name} {found} is too old" if found else f"{name} is missing"
-        lacking[extra].append(told)
-        if extra is None:
-            yield "bad", f"{told}: pip install -U '{name}{f'>={least}' if least else ''}'"
+        name, least, extra = re.findall(REQUIREMENT, text)[0]
+        try:
+            told = f"{name} {(found := metadata.version(name))}"
+            fault = f"{told} is too old" if _numbers(found) < _numbers(least) else ""
+        except metadata.PackageNotFoundError:
+            told = fault = f"{name} is missing"
+        lacking[extra] += [fault] if fault else []
+        if fault and not extra:
+            yield "bad", f"{fault}: pip install -U '{name}{least and f'>={least}'}'"
+        present += [] if fault or extra else [told]
     yield "ok", ", ".join(present)
     for extra in (extra for extra in PURPOSES if extra in lacking):
         if told := ", ".join(lacking[extra]):
             yield "warn", f"{told}, so no {PURPOSES[extra]}: pip install -U 'openbagel[{extra}]'"
         else:
             yield "ok", f"extra {extra}: {PURPOSES[extra]}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> list[int]:
@@ -81,12 +77,9 @@ def _device() -> Iterator[Finding]:
 
     kernel = "torch's own kernel for CPUs"
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
+        free, total = (size / 1e9 for size in torch.cuda.mem_get_info())
         name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-        yield (
-            "ok",
-            f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free; torch has CUDA {torch.version.cuda}",
-        )
+        yield "ok", f"{name}, {free:.1f} of {total:.1f} GB free; torch has CUDA {torch.version.cuda}"
         if default_dtype("cuda") is torch.bfloat16:
             yield "ok", "bfloat16, in which the card computes"
         else:
@@ -150,7 +143,7 @@ def _model(model: str) -> Iterator[Finding]:
     import torch
 
     from openbagel.hub import find_model
-    from openbagel.weights import default_device, default_dtype, load_checkpoint, precision_of
+    from openbagel.weights import default_device, default_dtype, load_checkpoint
 
     device, again = default_device().type, f"download {OFFICIAL} --to {model}"
     try:
@@ -162,9 +155,6 @@ def _model(model: str) -> Iterator[Finding]:
         return
     if checkpoint.config.vae and checkpoint.autoencoder is None:
         yield "bad", f"{folder} has no ae.safetensors, so it cannot draw: openbagel {again}"
-    precision = precision_of(checkpoint.model)
-    if (package := PACKERS.get(precision or "")) and _version(package) is None:
-        yield "bad", f"{model} has {precision} weights, which need {package}: pip install 'openbagel[quant]'"
     parts = (checkpoint.model, checkpoint.autoencoder or torch.nn.Module())
     size, room = sum(p.nbytes for part in parts for p in part.parameters()), _memory(device)
     told = f"{model} takes {size / 1e9:.2f} of the {room / 1e9:.2f} GB of {device}"

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from openbagel.checks import retold
+
 MOST_BYTES = 2**24
 """Of a JSON file."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -25,16 +27,18 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"{text} is no finite number")
         return value
 
-    try:
+    with retold(f"{path} is no valid JSON ({{error}})", ValueError, RecursionError):
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"longer than {MOST_BYTES} bytes")
         text = path.read_text("utf-8")
         value = json.loads(text, object_pairs_hook=once, parse_float=finite, parse_constant=finite)
         if not isinstance(value, dict):
             raise ValueError("no object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON ({error})") from None
-    return value
+        return value
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
 
 
 def check_tensor_file(path: Path) -> None:

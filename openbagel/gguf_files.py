@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openbagel import weights
-from openbagel.checks import check_choice, extra
+from openbagel.checks import check_choice, extra, retold
 from openbagel.quantize import LAYERS
 
 KINDS = ("q8_0", "q5_1", "q4_0", "bf16")
@@ -34,9 +34,10 @@ class GGUFFile(weights.TensorFiles):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__([])
+        super().__init__([], str(path))
         self.gguf, self.at = extra("gguf", "gguf", "a GGUF file"), 0
-        try:
+        message = f"{path} is no sound GGUF file ({{error}}); download it again"
+        with retold(message, OSError, OverflowError, struct.error, ValueError):
             self.data = np.memmap(path, mode="c")
             magic, version, count, entries = self._take("<4sIQQ")
             if magic != b"GGUF" or version not in (2, 3):
@@ -44,8 +45,6 @@ class GGUFFile(weights.TensorFiles):
             facts = dict(self._entry() for _ in range(self._fitting(entries, 13)))
             infos = [self._info() for _ in range(self._fitting(count, 32))]
             self._place(infos, facts.get(b"general.alignment") or ALIGNMENT)
-        except (OSError, OverflowError, struct.error, ValueError) as error:
-            raise ValueError(f"{path} is no sound GGUF file ({error}); download it again") from None
 
     def _take(self, form: str) -> tuple[Any, ...]:
         self.at += (size := struct.calcsize(form))
@@ -130,9 +129,6 @@ def write_gguf(folder: Path, checkpoint: weights.Checkpoint, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in state.items():
-        if (plain := PLAIN.get(types[name].name)) is not None:
-            blocks = tensor.detach().to("cpu", plain).contiguous().view(torch.uint8).numpy()
-        else:
-            blocks = gguf.quants.quantize(tensor.detach().to("cpu", torch.float32).numpy(), types[name])
-        writer.write_tensor_data(blocks)
+        values = weights.on_cpu(tensor, torch.float32).numpy()
+        writer.write_tensor_data(gguf.quants.quantize(values, types[name]))
     writer.close()

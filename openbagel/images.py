@@ -1,32 +1,14 @@
-"""Pictures on their way in and out: opening, the resize rule, patches, position ids and the 2-D position
-table.
+"""Pictures as tensors: the resize rule, pixels, patches, position ids and the 2-D position table.
 
 Shapes: H, W pixels; h, w patches; C channels of a pixel; p pixels of a patch side; D width of the model.
 """
 
-import io
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import partial
-from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from torch import Tensor
-
-from openbagel.checks import extra, retold
-
-MAX_PICTURE_PIXELS = 64_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-MAX_FRAMES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,62 +50,6 @@ class ImageLimits:
         return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
-PictureSource = str | Path | bytes | BinaryIO | Image.Image
-"""A file's path, encoded bytes or an open file of them, or a picture."""
-
-
-def open_picture(source: PictureSource) -> Image.Image:
-    """An RGB picture, its transparency laid on white.
-
-    Raises ValueError naming the file and the remedy when it is missing, no picture, truncated, or too large
-    to be safe.
-    """
-    with _header(source) as picture:
-        return _rgb(picture)
-
-
-def picture_size(source: PictureSource) -> tuple[int, int]:
-    """(width, height) from the header alone; raises as `open_picture` does."""
-    with _header(source) as picture:
-        return picture.size
-
-
-@contextmanager
-def _header(source: PictureSource) -> Iterator[Image.Image]:
-    """A picture with its header read and judged; what fails inside is told as the picture's fault."""
-    if isinstance(source, Image.Image):
-        yield source
-        return
-    name = source if isinstance(source, str | Path) else "the picture"
-    if isinstance(source, str | Path) and not Path(source).is_file():
-        raise ValueError(f"no such picture: {name}; give the path of a PNG, JPEG or WebP file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(file, formats=FORMATS) as picture:
-                width, height = picture.size
-                if width * height > MAX_PICTURE_PIXELS:
-                    raise Image.DecompressionBombError(f"{width}x{height}, more than {MAX_PICTURE_PIXELS:,}")
-                yield picture
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} unpacks to too many pixels ({error}); make it smaller first") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture in one of the formats {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name} is damaged or truncated ({error}); get a complete copy of it") from None
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB":
-        return picture.copy()
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
-
-
 def to_pixels(picture: Image.Image) -> Tensor:
     """float32[3, H, W] in [-1, 1]."""
     return normalised(torch.from_numpy(np.asarray(picture.convert("RGB")).copy()))
@@ -138,75 +64,6 @@ def to_picture(pixels: Tensor) -> Image.Image:
     """float[3, H, W] in [-1, 1] to a picture; values are clamped and truncated, as the reference does."""
     scaled = (pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255
     return Image.fromarray(scaled.permute(1, 2, 0).to("cpu", torch.uint8).numpy())
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a picture, its folder first; PNG files carry `picture.info` (seed, settings, thought)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    notes = PngInfo()
-    for key, value in picture.info.items():
-        if value is not None:
-            notes.add_itxt(str(key), str(value))
-    picture.save(path, pnginfo=notes)  # other formats know no such option and leave it out
-
-
-def read_frames(path: Path) -> list[Image.Image]:
-    """The RGB frames of a video or GIF file, or of a still picture; raises as `open_picture` does."""
-    if path.suffix.lower() in VIDEOS:
-        with open_video(path) as container:
-            frames = [frame.to_image() for frame in islice(container.decode(video=0), MAX_FRAMES + 1)]
-    else:
-        with _header(path) as picture:
-            frames = [_rgb(frame) for frame in islice(ImageSequence.Iterator(picture), MAX_FRAMES + 1)]
-    if len(frames) > MAX_FRAMES:
-        raise ValueError(f"{path} has more than {MAX_FRAMES} frames; cut it to the last few")
-    return frames
-
-
-@contextmanager
-def open_video(path: Path) -> Iterator[Any]:
-    """A PyAV container; what fails inside is told as the file's fault."""
-    av = extra("av", "video", "reading videos")
-    if not path.is_file():
-        raise ValueError(f"no such video: {path}; give the path of a video file")
-    message = f"{path} cannot be read as a video ({{error}}); get a complete copy of it"
-    with retold(message, av.error.FFmpegError, IndexError), av.open(str(path)) as container:
-        yield container
-
-
-def clip_writer(path: Path, fps: float) -> Callable[[Sequence[Image.Image]], None]:
-    """What writes frames of one size to a GIF or MP4 file, as its suffix says, its folder first.
-
-    ValueError at once when the suffix or fps are impossible, or PyAV is missing.
-    """
-    write = {".gif": _write_gif, ".mp4": _write_mp4}.get(path.suffix.lower())
-    if write is None:
-        raise ValueError(f"{path} is no clip; end its name with .gif or .mp4")
-    if not 0 < fps <= 100:
-        raise ValueError(f"fps {fps} must be above 0 and at most 100")
-    if write is _write_mp4:
-        extra("av", "video", "writing MP4 files")
-    return partial(write, path, fps)
-
-
-def _write_gif(path: Path, fps: float, frames: Sequence[Image.Image]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first, *others = frames
-    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
-
-
-def _write_mp4(path: Path, fps: float, frames: Sequence[Image.Image]) -> None:
-    """H.264 with every second colour sample, as every player reads it; an odd last row or column is cut."""
-    av = extra("av", "video", "writing MP4 files")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    width, height = (side // 2 * 2 for side in frames[0].size)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, "yuv420p", {"crf": "12"}
-        for frame in frames:
-            cut = frame.convert("RGB").crop((0, 0, width, height))
-            container.mux(stream.encode(av.VideoFrame.from_image(cut)))
-        container.mux(stream.encode())
 
 
 def patchify(image_CHW: Tensor, patch: int) -> Tensor:

@@ -9,12 +9,11 @@ gains a child `lora`, and a hook that adds what the child computes:
 Order: load, perhaps `quantize` (QLoRA), `bind` or `load_adapter`, then sharding and other wrappers.
 """
 
-import json
 import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from random import Random
@@ -22,16 +21,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openbagel.checks import check_choice, nearest
+from openbagel.checks import check_choice, nearest, retold
 from openbagel.config import from_json
-from openbagel.files import read_json
+from openbagel.files import read_json, write_json
 from openbagel.model.transformer import GEN
-from openbagel.quantize import LAYERS, precision_of
-from openbagel.weights import Shapes, TensorFiles
+from openbagel.quantize import LAYERS, precision_of, require_plain, require_weights
+from openbagel.weights import Shapes, TensorFiles, misfits, on_cpu, save_tensors
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -39,8 +36,8 @@ PREFIX = "base_model.model."
 STORED = re.compile(r"(?:base_model\.model\.)*(.+?)\.lora_([AB])(?:\.[^.]+)?\.weight")
 """A stored name: whose it is, which of the two, and perhaps the adapter's own name between."""
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LISTED = 3
-"""Names of each kind that an error gives; it counts them all."""
+PATTERN = re.compile(r"\^?(\w|\\?\.|\|)+")
+"""What is taken of PEFT's patterns: names, or their ends. Others could take for ever to match."""
 
 NOTES = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 NOTES |= {"megatron_core", "qalora_group_size", "eva_config"}
@@ -49,6 +46,8 @@ UNUSED = (None, False, "none", {}, [])
 """Values of all other entries that say that they are not used."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base as it is; others (PiSSA, OLoRA, …) change it."""
+Linears = dict[str, nn.Linear]
+"""By name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +87,7 @@ class Adapter:
     targets: tuple[str, ...] = LEAVES
 
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, [preset.value for preset in Preset])
+        check_choice("preset", self.preset, Preset)
         if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1 or not self.targets:
             raise ValueError(
                 f"rank {self.rank} must be at least 1, alpha {self.alpha} above 0, dropout {self.dropout} "
@@ -134,8 +133,8 @@ def bind(model: nn.Module, adapter: Adapter, *, generator: torch.Generator) -> i
 
     Only adapters learn afterwards. On the meta device they get no values: give them those of `initial`.
     """
+    require_plain(model)
     linears = choose(model, adapter)
-    _require_unbound(model)
     model.requires_grad_(False)
     for linear in linears.values():
         LowRank(linear, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout)
@@ -164,24 +163,22 @@ def seed_dropout(model: nn.Module, seed: int | None) -> None:
         low.seed = None if seed is None else Random(f"{seed}/{name}").getrandbits(62)
 
 
-def choose(model: nn.Module, adapter: Adapter) -> dict[str, nn.Linear]:
+def choose(model: nn.Module, adapter: Adapter) -> Linears:
     """The linears that an adapter is for, by name. ValueError for a target or a preset that finds none."""
     linears = _linears(model)
     leaves = {name: name.rpartition(".")[2].removesuffix(GEN) for name in linears if name.startswith(LAYERS)}
-    sides = {name: Preset.GEN if GEN in name else Preset.UND for name in leaves}
+    sided = {n for n in leaves if adapter.preset in (Preset.BOTH, Preset.GEN if GEN in n else Preset.UND)}
     chosen: set[str] = set()
     for target in adapter.targets:
-        if target in leaves.values():
-            hits = {name for name, leaf in leaves.items() if leaf == target}
-            chosen |= {name for name in hits if adapter.preset in (Preset.BOTH, sides[name])}
-        elif hits := {name for name in linears if _fullmatch(target, name)}:
-            chosen |= hits
-        else:
+        with retold(f"{target!r} is no regular expression ({{error}})", re.error):
+            hits = set(filter(re.compile(target).fullmatch, linears))
+        if target not in leaves.values() and not hits:
             hint = nearest(target, {*leaves.values(), *linears})
             raise ValueError(
                 f"target {target!r} is neither the name of a layer's linear "
                 f"({', '.join(dict.fromkeys(leaves.values()))}) nor a pattern that matches any{hint}"
             )
+        chosen |= hits | {name for name in sided if leaves[name] == target}
     if not chosen:
         raise ValueError(
             f"preset '{adapter.preset}' finds no {', '.join(adapter.targets)} in this model, whose experts "
@@ -194,9 +191,9 @@ def merge(model: nn.Module) -> int:
     """Adds every adapter to its weight (in float32, kept in the weight's dtype) and removes it."""
     if (precision := precision_of(model)) is not None:
         raise ValueError(f"{precision} weights cannot take an adapter in; merge it into the original ones")
-    weights = {name: model.get_parameter(f"{name}.weight") for name in bound(model)}
     for name, low in bound(model).items():
-        weight, product = weights[name], low.B.detach().float() @ low.A.detach().float()
+        weight = model.get_parameter(f"{name}.weight")
+        product = low.B.detach().float() @ low.A.detach().float()
         weight.data = (weight.detach().float() + low.alpha / low.rank * product).to(weight.dtype)
     return remove(model)
 
@@ -222,15 +219,14 @@ def save_adapter(
         raise ValueError("no adapter is bound to this model; bind one, or save the whole checkpoint")
     live = state if state is not None else dict(model.named_parameters())
     tensors = {
-        stored: live[f"{name}.lora.{part}"].detach().to("cpu", torch.float32).contiguous()
+        PREFIX + stored: on_cpu(live[f"{name}.lora.{part}"], torch.float32)
         for name in adapters
         for stored, part in zip(_stored_names(name), "AB", strict=True)
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(_peft_config(adapters, base), indent=2)
-    (folder / CONFIG_FILE).write_text(config + "\n", "utf-8")
-    save_file(tensors, folder / TENSOR_FILE, {"format": "pt"})
+    write_json(folder / CONFIG_FILE, _peft_config(adapters, base))
+    save_tensors(folder / TENSOR_FILE, tensors)
 
 
 def _peft_config(adapters: dict[str, LowRank], base: str) -> dict[str, Any]:
@@ -242,11 +238,11 @@ def _peft_config(adapters: dict[str, LowRank], base: str) -> dict[str, Any]:
         "inference_mode": True,
         "bias": "none",
         "r": low.rank,
-        "lora_alpha": _short(low.alpha),
+        "lora_alpha": low.alpha,
         "lora_dropout": low.dropout,
         "target_modules": list(adapters),
         "rank_pattern": {re.escape(k): v.rank for k, v in adapters.items() if v.rank != low.rank},
-        "alpha_pattern": {re.escape(k): _short(v.alpha) for k, v in adapters.items() if v.alpha != low.alpha},
+        "alpha_pattern": {re.escape(k): v.alpha for k, v in adapters.items() if v.alpha != low.alpha},
     }
 
 
@@ -258,8 +254,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, weight: float = 1.0) -> 
     else the rank. weight scales what the adapter adds. If one is bound already, both become their sum: one
     adapter of both ranks together. Every stored tensor must find its place and every place its tensor, else
     ValueError naming the first of each, and nothing is bound. So do settings of PEFT's that change the result
-    and are not applied here.
+    and are not applied here, and weights that CUDA decodes from DFloat11.
     """
+    require_weights(model)
     path = Path(path)
     found = [f for f in (path, path / TENSOR_FILE) if f.is_file()] or list(path.glob("*.safetensors"))
     if not math.isfinite(weight):
@@ -267,20 +264,23 @@ def load_adapter(model: nn.Module, path: str | Path, *, weight: float = 1.0) -> 
     if len(found) != 1:
         raise ValueError(f"{path} is no adapter folder: it has no {TENSOR_FILE}")
     files, config = TensorFiles(found), found[0].with_name(CONFIG_FILE)
-    names = {_peft_name(name): name for name in files.shapes()}
-    if len(names) < len(files.shapes()):
+    stored = files.shapes()
+    names = {_usual(name): name for name in stored}
+    if len(names) < len(stored):
         raise ValueError(f"{path} has several tensors for one place; save each adapter in a file of its own")
-    shapes = {name: files.shapes()[stored] for name, stored in names.items()}
+    shapes = {name: stored[theirs] for name, theirs in names.items()}
     linears = _as_named(_linears(model), shapes)
+    ranks = {name: shapes[a][0] for name in linears if shapes.get(a := _stored_names(name)[0])}
     if found[0].name == TENSOR_FILE and config.is_file():
         peft = _read_config(config)
-        sizes = {name: _size(peft, name) for name in linears if _targeted(peft, name)}
+        sizes = {name: _size(peft, name, ranks.get(name)) for name in _targeted(peft, linears, ranks)}
     else:
-        peft, sizes = PeftConfig(), _stored_sizes(found[0], shapes, linears)
+        peft, alpha = PeftConfig(), _told_alpha(files)
+        sizes = {name: (rank, float(alpha or rank)) for name, rank in ranks.items()}
     _check(path, shapes, sizes, linears)
     model.requires_grad_(False)
     for name, (_, alpha) in sizes.items():
-        a, b = (files[names[stored]].float() for stored in _stored_names(name))
+        a, b = (files[names[half]].float() for half in _stored_names(name))
         _join(linears[name], a, b, alpha=weight * alpha, dropout=peft.lora_dropout)
     for low in bound(model).values():
         low.requires_grad_(True)
@@ -299,12 +299,12 @@ def _join(linear: nn.Linear, a: Tensor, b: Tensor, *, alpha: float, dropout: flo
     low.B.data.copy_(b)
 
 
-def _as_named(linears: dict[str, nn.Linear], stored: Iterable[str]) -> dict[str, nn.Linear]:
+def _as_named(linears: Linears, stored: Iterable[str]) -> Linears:
     """The linears by a trainer's names for them: it may have wrapped the model, or held a part of it alone.
 
     Only if one way of naming explains every stored name, else by their own.
     """
-    names = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in stored}
+    names = {name.rpartition(".lora_")[0] for name in stored}
     one = min(names, default="")
     within = [name.removesuffix(one) for name in linears if name.endswith(f".{one}")]
     around = [one.removesuffix(name) for name in linears if one.endswith(f".{name}")]
@@ -314,15 +314,12 @@ def _as_named(linears: dict[str, nn.Linear], stored: Iterable[str]) -> dict[str,
     return fitting[0] if len(fitting) == 1 else linears
 
 
-def _stored_sizes(file: Path, shapes: Shapes, names: Iterable[str]) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each linear without a configuration."""
-    with safe_open(file, "pt") as handle:
-        told = handle.metadata() or {}
-    alpha = told.get("lora_alpha", told.get("alpha"))
-    if alpha is None:
-        warnings.warn(f"{file} has no {CONFIG_FILE} and tells no alpha: taken to be its rank", stacklevel=3)
-    ranks = {name: shapes.get(_stored_names(name)[0], ())[:1] for name in names}
-    return {name: (rank[0], float(alpha or rank[0])) for name, rank in ranks.items() if rank}
+def _told_alpha(files: TensorFiles) -> str | None:
+    """Without a configuration: what the metadata say."""
+    told = next((handle.metadata() for handle in files.handles.values()), None) or {}
+    if (alpha := told.get("lora_alpha", told.get("alpha"))) is None:
+        warnings.warn(f"{files.where} tells no alpha: taken to be its rank", stacklevel=3)
+    return alpha
 
 
 def _read_config(path: Path) -> PeftConfig:
@@ -330,16 +327,18 @@ def _read_config(path: Path) -> PeftConfig:
     stored = {"peft_type": None, **read_json(path)}
     applied = {key: stored.pop(key) for key in list(stored) if key in {f.name for f in fields(PeftConfig)}}
     plain = {"peft_type": ("LORA",), "init_lora_weights": PLAIN_STARTS}
-    refused = [k for k, v in stored.items() if k not in NOTES and v not in plain.get(k, UNUSED)]
-    if refused:
+    if refused := [k for k, v in stored.items() if k not in NOTES and v not in plain.get(k, UNUSED)]:
         values = ", ".join(f"{key}={stored[key]!r}" for key in refused)
         raise ValueError(f"{path}: {values} is not supported, only plain LoRA; merge it with PEFT instead")
-    return from_json(PeftConfig, applied, str(path))
+    config = from_json(PeftConfig, applied, str(path))
+    alphas = config.alpha_pattern or {}
+    if strange := [pattern for pattern in alphas if not PATTERN.fullmatch(pattern)]:
+        raise ValueError(f"{path}: alpha_pattern {strange[0]!r} is not supported; give names, or their ends")
+    ends = {key.removeprefix("^").replace("\\", ""): alpha for key, alpha in alphas.items()}
+    return replace(config, alpha_pattern=ends)
 
 
-def _check(
-    folder: Path, stored: Shapes, sizes: dict[str, tuple[int, float]], linears: dict[str, nn.Linear]
-) -> None:
+def _check(folder: Path, stored: Shapes, sizes: dict[str, tuple[int, float]], linears: Linears) -> None:
     """ValueError unless the stored tensors are exactly those of these linears at these ranks."""
     wanted: Shapes = {}
     for name, (rank, alpha) in sizes.items():
@@ -347,80 +346,57 @@ def _check(
             raise ValueError(f"{folder}: rank {rank} and alpha {alpha} of {name} make no sense")
         shapes = (rank, linears[name].in_features), (linears[name].out_features, rank)
         wanted.update(zip(_stored_names(name), shapes, strict=True))
-    homeless = [name for name in stored if name not in wanted]
-    both = {name: (stored[name], wanted[name]) for name in wanted if name in stored}
-    faults = {
-        "stored without a place": [n + _hint(n, linears) for n in homeless[:LISTED]] + homeless[LISTED:],
-        "missing": [name for name in wanted if name not in stored],
-        "misshapen": [f"{name} {a}, expected {b}" for name, (a, b) in both.items() if a != b],
-    }
-    if any(faults.values()) or not stored:
-        placed = sum(a == b for a, b in both.values())
-        told = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:LISTED])}{' …' if len(names) > LISTED else ''}"
-            for kind, names in faults.items()
-            if names
-        )
+    if (faults := misfits(stored, wanted)) or not stored:
+        placed = sum(stored.get(name) == shape for name, shape in wanted.items())
+        hint = next((_hint(name, linears) for name in stored if name not in wanted), "")
         raise ValueError(
-            f"{folder} does not fit this model: {placed} of {len(stored)} stored tensors fit; {told}. "
-            "Load it on the model that it was made for, with all its parts, or save it anew"
+            f"{folder} does not fit this model: {placed} of {len(stored)} stored tensors fit; {faults}{hint};"
+            " load it on the model that it was made for, with all its parts, or save it anew"
         )
 
 
-def _hint(stored: str, linears: dict[str, nn.Linear]) -> str:
-    name = stored.removeprefix(PREFIX).rpartition(".lora_")[0]
+def _hint(stored: str, linears: Linears) -> str:
+    name = stored.rpartition(".lora_")[0]
     return f" (no target module in {CONFIG_FILE})" if name in linears else nearest(name, linears)
 
 
-def _peft_name(stored: str) -> str:
-    """A stored name as PEFT spells it: one prefix, and no name of the adapter inside."""
+def _usual(stored: str) -> str:
+    """A stored name without what trainers put before it, and without the adapter's own name inside."""
     match = STORED.fullmatch(stored)
-    return f"{PREFIX}{match[1]}.lora_{match[2]}.weight" if match else stored
+    return f"{match[1]}.lora_{match[2]}.weight" if match else stored
 
 
 def _stored_names(name: str) -> tuple[str, str]:
-    """PEFT's names of a linear's A and B."""
-    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+    """Of a linear's A and B."""
+    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
 
 
-def _targeted(config: PeftConfig, name: str) -> bool:
-    """Whether PEFT would adapt this linear: lists hold whole names or their ends, a string is a pattern."""
-
-    def named(wanted: tuple[str, ...] | str | None) -> bool:
-        if isinstance(wanted, str):
-            return _fullmatch(wanted, name)
-        return any(name == end or name.endswith(f".{end}") for end in wanted or ())
-
-    return named(config.target_modules) and not named(config.exclude_modules)
-
-
-def _size(config: PeftConfig, name: str) -> tuple[int, float]:
-    """Rank and alpha: of the first pattern that fits the end of a name, as PEFT looks them up."""
-
-    def patterned(patterns: Mapping[str, Any] | None, default: Any) -> Any:
-        found = (v for k, v in (patterns or {}).items() if _fullmatch(rf"(.*\.)?({k})", name))
-        return next(found, default)
-
-    rank = patterned(config.rank_pattern, config.r)
-    alpha = patterned(config.alpha_pattern, config.lora_alpha)
-    return rank, alpha * (max(rank, 0) ** 0.5 if config.use_rslora else 1)
+def _targeted(config: PeftConfig, linears: Iterable[str], stored: Iterable[str]) -> list[str]:
+    """The linears that PEFT would adapt: its lists hold whole names or their ends. Patterns in their place
+    could take for ever to match: there what is stored tells.
+    """
+    wanted, unwanted = config.target_modules, config.exclude_modules or ()
+    if not isinstance(wanted, tuple) or isinstance(unwanted, str):
+        return list(stored)
+    wanted, unwanted = set(wanted), set(unwanted)
+    return [name for name in linears if wanted & _ends(name) and not unwanted & _ends(name)]
 
 
-def _fullmatch(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+def _ends(name: str) -> set[str]:
+    """The whole name, and what follows each of its dots."""
+    leaves = name.split(".")
+    return {".".join(leaves[i:]) for i in range(len(leaves))}
 
 
-def _short(number: float) -> float:
-    return int(number) if number == int(number) else number
+def _size(config: PeftConfig, name: str, stored: int | None) -> tuple[int, float]:
+    """Rank and alpha. The rank is the stored one where it is among the patterns', alpha that of the first
+    pattern that fits the end of the name, as PEFT looks it up.
+    """
+    rank = stored if stored and stored in (config.rank_pattern or {}).values() else config.r
+    ends, patterns = _ends(name), config.alpha_pattern or {}
+    alphas = (alpha for pattern, alpha in patterns.items() if not ends.isdisjoint(pattern.split("|")))
+    return rank, next(alphas, config.lora_alpha) * (max(rank, 0) ** 0.5 if config.use_rslora else 1)
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+def _linears(model: nn.Module) -> Linears:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
-def _require_unbound(model: nn.Module) -> None:
-    if bound(model):
-        raise ValueError("this model has an adapter already; merge or remove it first")

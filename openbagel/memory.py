@@ -30,13 +30,15 @@ from openbagel.model.vae import AutoEncoder
 from openbagel.quantize import BLOCK, GROUP, LAYERS
 from openbagel.sequence import Packer, Text, VaeImage, VitImage
 from openbagel.tokens import TextCodec
+from openbagel.weights import GENERATION_PARTS
 
 Task = Literal["draw", "edit", "ask"]
 Mode = Literal["device", "blocks", "sequential"]
 PRESETS = {"bagel_7b": bagel_7b, "bagel_1_5b": bagel_1_5b, "bagel_0_5b": bagel_0_5b}
 """Models that are described without their weights."""
 VIT, VAE = "ViT and connector", "autoencoder"
-PARTS = {"_moe_gen": "generation expert", LAYERS: "understanding expert", "vit_": VIT, "connector.": VIT}
+PARTS = dict.fromkeys(GENERATION_PARTS, "generation expert") | {LAYERS: "understanding expert"}
+PARTS |= dict.fromkeys(("vit_", "connector."), VIT)
 """The part of a parameter is that of the first entry which its name contains."""
 BITS = {"int8": (8, 0), "fp8": (8, 0), "nf4": (4, BLOCK), "int4": (4, GROUP)}
 """Of a packed weight, and how many weights share a scale of 4 bytes (0: a row)."""
@@ -105,13 +107,12 @@ class Weights:
         """Bytes on the device at most. Of streamed blocks two are there: one runs, the next one comes."""
         vit, vae = self.visitors
         act, decoding, held = usage.activations, usage.autoencoder, self.resident + self.block
-        if mode == "device":
-            moments = [self.whole + act, self.whole + decoding]
-        elif mode == "blocks":
-            moments = [held + max(self.block, vit) + act, held + vae + decoding]
-        else:
-            moments = [self.largest[0] + act, self.largest[1], vae + decoding]
-        return usage.kv_cache + max(moments)
+        moments = {
+            "device": (self.whole + act, self.whole + decoding),
+            "blocks": (held + max(self.block, vit) + act, held + vae + decoding),
+            "sequential": (self.largest[0] + act, self.largest[1], vae + decoding),
+        }
+        return usage.kv_cache + max(moments[mode])
 
 
 @cache
@@ -120,19 +121,23 @@ def weights_of(config: BagelConfig, precision: str) -> Weights:
     block at a time.
     """
     parts: Counter[str] = Counter()
-    block, largest = 0, [0, 0]
     with torch.device("meta"):
-        vae = AutoEncoder(config.vae).parameters() if config.vae else ()
-        for name, parameter in BagelModel(config).named_parameters():
-            size = _stored(name, parameter.shape, precision)
-            parts[next((PARTS[piece] for piece in PARTS if piece in name), "embeddings, heads")] += size
-            block += size * name.startswith(LAYERS + "0.")
-            outside = not name.startswith(LAYERS)
-            largest[outside] = max(largest[outside], size)
+        model, vae = BagelModel(config), AutoEncoder(config.vae) if config.vae else torch.nn.Module()
+    sizes = {name: _stored(name, p.shape, precision) for name, p in model.named_parameters()}
+    for name, size in sizes.items():
+        parts[next((PARTS[piece] for piece in PARTS if piece in name), "embeddings, heads")] += size
+    block = sum(size for name, size in sizes.items() if name.startswith(f"{LAYERS}0."))
+    inside, outside = (max(sizes[n] for n in sizes if n.startswith(LAYERS) is one) for one in (True, False))
     if precision == "dfloat11":
         parts["a decoded block"] = round(block / DFLOAT11)
-    parts[VAE] = sum(_stored("", p.shape, precision) for p in vae)
-    return Weights(dict(parts), config.llm.num_hidden_layers, block, (largest[0], largest[1]))
+    parts[VAE] = sum(_stored("", p.shape, precision) for p in vae.parameters())
+    return Weights(dict(parts), config.llm.num_hidden_layers, block, (inside, outside))
+
+
+def parameters_of(config: BagelConfig) -> dict[str, int]:
+    """Their numbers by part, and of all."""
+    weights = weights_of(config, "float32")
+    return {name: size // 4 for name, size in [*weights.parts.items(), ("all", weights.whole)]}
 
 
 def _stored(name: str, shape: torch.Size, precision: str) -> int:
@@ -146,21 +151,22 @@ def _stored(name: str, shape: torch.Size, precision: str) -> int:
 
 
 class Living(TorchDispatchMode):
-    """Counts the bytes of tensors on a kind of device that are alive: now, and at most so far.
+    """Counts the bytes of tensors on the meta device that are alive: now, and at most so far.
 
-    On the meta device attention is its result alone (there torch would plan whole matrices, as it must for
-    inputs that no kernel takes), and BUFFERS are counted.
+    Attention is its result alone (there torch would plan whole matrices, as it must for inputs that no kernel
+    takes), and BUFFERS are counted.
     """
 
-    def __init__(self, kind: str = "meta") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.kind, self.now, self.most = kind, 0, 0
+        self.now = self.most = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         if func is ATTENTION and args[0].is_meta and args[0].stride(-1) == 1:
-            out = args[0].transpose(1, 2).new_empty(args[0].transpose(1, 2).shape).transpose(1, 2)
+            heads_inside = args[0].transpose(1, 2)
+            out = heads_inside.new_empty(heads_inside.shape).transpose(1, 2)
         elif torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
@@ -168,12 +174,11 @@ class Living(TorchDispatchMode):
             out = func(*args, **(kwargs or {}))
         for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
             key, size = storage._cdata, storage.nbytes()
-            if storage.device.type == self.kind and key not in self.known | given:  # else a view
+            if storage.device.type == "meta" and key not in self.known | given:  # else a view
                 self.known.add(key)
                 weakref.finalize(storage, self._gone, key, size)
                 self.now += size
-        room = BUFFERS.get(func, lambda given, out: 0)(args[0], out) if self.kind == "meta" else 0
-        self.most = max(self.most, self.now + room)
+        self.most = max(self.most, self.now + BUFFERS.get(func, lambda given, out: 0)(args[0], out))
         return out
 
     def _gone(self, key: int, size: int) -> None:
@@ -219,7 +224,6 @@ def request(config: BagelConfig, work: Work, device: str = "meta") -> Request[ob
     return branches
 
 
-@cache
 @torch.inference_mode()
 def autoencoder_peak(config: BagelConfig, work: Work, dtype: torch.dtype = torch.bfloat16) -> int:
     """Of taking in the pictures that are given and decoding the one that is drawn."""
@@ -274,17 +278,17 @@ def fit(config: BagelConfig, model: str, memory: int, size: tuple[int, int] | No
 
 def ways(config: BagelConfig) -> Iterator[tuple[str, Weights, Mode]]:
     """Options of the command line with what they load, best first."""
-    packed = {"bfloat16": "", "dfloat11": "(a DFloat11 folder)"} | {
-        name: f"--quantize {name}" for name in BITS
-    }
-    for name, options in packed.items():
-        yield options, weights_of(config, name), "device"
-    for name in ("bfloat16", *BITS):
-        yield f"{packed[name]} --offload blocks".strip(), weights_of(config, name), "blocks"
-    yield "--offload sequential", weights_of(config, "bfloat16"), "sequential"
-    for name in ("bfloat16", *BITS) if config.vae else ():
-        weights = weights_of(config.understanding_only(), name)
-        yield f"{packed[name]} --understanding-only".strip(), weights, "device"
+    packed = {"bfloat16": ""} | {name: f"--quantize {name} " for name in BITS}
+    kinds: list[tuple[str, Mode, dict[str, str]]] = [
+        ("", "device", {"bfloat16": "", "dfloat11": "(a DFloat11 folder)"} | packed),
+        ("--offload blocks", "blocks", packed),
+        ("--offload sequential", "sequential", {"bfloat16": ""}),
+        ("--understanding-only", "device", packed if config.vae else {}),
+    ]
+    for option, mode, precisions in kinds:
+        loaded = config.understanding_only() if "understanding" in option else config
+        for name, prefix in precisions.items():
+            yield (prefix + option).strip(), weights_of(loaded, name), mode
 
 
 def told(size: float) -> str:

@@ -32,6 +32,7 @@ from openbagel.weights import Checkpoint
 
 OFFLOADS = ("blocks", "sequential")
 HOST = torch.device("cpu")
+Modules = Sequence[nn.Module]
 PINNED = 0.8
 """The share of free host memory that weights may take page-locked, which lets their copies overlap."""
 SHARES = (0.6, 0.7, 0.8, 0.9, 1.0)
@@ -47,6 +48,10 @@ class Plan:
     devices: tuple[str, ...]
     blocks: tuple[str, ...]
     streamed: frozenset[int] = frozenset()
+
+    def __str__(self) -> str:
+        counts = [f"{count} blocks on {device}" for device, count in Counter(self.blocks).items()]
+        return f"{', '.join(counts)}, {len(self.streamed)} of them streamed"
 
 
 def plan(config: BagelConfig, precision: str, memory: Mapping[str, int], usage: Usage) -> Plan:
@@ -96,13 +101,7 @@ def spreads(config: BagelConfig, sizes: Sequence[int], size: tuple[int, int] | N
     memory = {f"cuda:{number}": size - OVERHEAD for number, size in enumerate(sizes)}
     for name in ("bfloat16", *BITS):
         found = _planned(weights_of(config, name), memory, rehearse(config, _largest(config, size)))
-        if isinstance(found, Plan):
-            blocks = ", ".join(
-                f"{count} blocks on {device}" for device, count in Counter(found.blocks).items()
-            )
-            yield f"  --device auto, {name}: {blocks}, {len(found.streamed)} of them streamed"
-        else:
-            yield f"  --device auto, {name}: {told(found)} are missing"
+        yield f"  --device auto, {name}: {found if isinstance(found, Plan) else told(found) + ' are missing'}"
 
 
 def _largest(config: BagelConfig, size: tuple[int, int] | None = None) -> Work:
@@ -110,12 +109,12 @@ def _largest(config: BagelConfig, size: tuple[int, int] | None = None) -> Work:
     return Work("edit" if config.vae else "ask", size or config.settings.size)
 
 
-def devices_here(limits: Mapping[int | str, int] | None = None) -> dict[str, int]:
+def devices_here(limits: Mapping[int | str, int | str] | None = None) -> dict[str, int]:
     """The free bytes of the CUDA cards and the host, or what limits leave of those that they name."""
     cards = range(torch.cuda.device_count())
     free = {f"cuda:{i}": torch.cuda.mem_get_info(i)[0] - OVERHEAD for i in cards}
     free["cpu"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    named = {str(name): size for name, size in (limits or {}).items()}
+    named = {str(name): bytes_of(size) for name, size in (limits or {}).items()}
     named = {name if name in free else f"cuda:{name}": size for name, size in named.items()}
     if unknown := [name for name in named if name not in free]:
         raise ValueError(f"max_memory: there is no device {unknown[0]} here, only {', '.join(free)}")
@@ -145,15 +144,11 @@ def slots_of(module: nn.Module, dtype: torch.dtype) -> list[Slot]:
     """All tensors of a module; packed weights and integers keep their type."""
     found: list[Slot] = []
     for name, owner in module.named_modules():
+        packed = PARTS if isinstance(owner, PackedLinear) else ()
         for table in (owner._parameters, owner._buffers):
-            for leaf, tensor in table.items():
-                if tensor is not None:
-                    keeps = (
-                        isinstance(owner, PackedLinear) and leaf in PARTS
-                    ) or not tensor.is_floating_point()
-                    found.append(
-                        Slot(table, leaf, tensor, tensor.dtype if keeps else dtype, GEN in name + leaf)
-                    )
+            for leaf, tensor in ((leaf, tensor) for leaf, tensor in table.items() if tensor is not None):
+                kind = dtype if tensor.is_floating_point() and leaf not in packed else tensor.dtype
+                found.append(Slot(table, leaf, tensor, kind, GEN in name + leaf))
     return found
 
 
@@ -163,7 +158,7 @@ class Ring:
     A step without tokens of the generation expert leaves that expert's weights at home.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, modules: Modules, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.slots = [slots_of(module, dtype) for module in modules]
         self.coming: dict[tuple[int, bool], tuple[list[Tensor], Any]] = {}
@@ -171,12 +166,9 @@ class Ring:
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.gone: Any = None
         every = [slot for slots in self.slots for slot in slots]
-        if (
-            self.side is not None
-            and sum(slot.tensor.nbytes for slot in every) < PINNED * devices_here()["cpu"]
-        ):
+        if self.side and sum(slot.tensor.nbytes for slot in every) < PINNED * devices_here()["cpu"]:
             for slot in every:
-                slot.table[slot.leaf] = slot.tensor = slot.tensor.detach().to(slot.dtype).pin_memory()
+                slot.table[slot.leaf] = slot.tensor = slot.on(HOST).pin_memory()
 
     def enter(self, index: int, module: nn.Module, given: tuple[Any, ...]) -> None:
         self.gen = all(one.num_und < len(given[0]) for one in given if isinstance(one, Route))
@@ -191,12 +183,12 @@ class Ring:
         """Sends for the next one while the device still computes, then lets go of this one: in this order the
         copy takes the memory of the one before, which it waits for.
         """
-        if self.side is not None and len(self.slots) > 1:
+        if self.side and len(self.slots) > 1:
             after = (index + 1) % len(self.slots)
             self.coming[after, self.gen] = self._copy(after)
         for slot in self.slots[index]:
             slot.table[slot.leaf] = slot.tensor
-        if self.side is not None:
+        if self.side:
             self.gone = torch.cuda.current_stream(self.device).record_event()
 
     def _wanted(self, index: int) -> list[Slot]:
@@ -204,7 +196,7 @@ class Ring:
 
     def _copy(self, index: int) -> tuple[list[Tensor], Any]:
         with torch.cuda.stream(self.side) if self.side else nullcontext():
-            if self.side is not None and self.gone is not None:
+            if self.side and self.gone:
                 self.side.wait_event(self.gone)
             tensors = [slot.on(self.device) for slot in self._wanted(index)]
             return tensors, self.side.record_event() if self.side else None
@@ -229,17 +221,16 @@ class Placement:
         main, streamed = torch.device(plan.devices[0]), sorted(plan.streamed)
         visitors = self.vit if streamed else []
         self.settle([self.model], main, but=[*self.layers, *visitors])
-        for layer, name in zip(self.layers, plan.blocks, strict=True):
-            if len(plan.devices) > 1:
-                self.move(layer, torch.device(name))
-        for index in set(range(len(self.layers))) - plan.streamed:
-            self.settle([self.layers[index]], torch.device(plan.blocks[index]))
+        for index, (layer, name) in enumerate(zip(self.layers, plan.blocks, strict=True)):
+            self.move(layer, torch.device(name))
+            if index not in plan.streamed:
+                self.settle([layer], torch.device(name))
         for modules in ([self.layers[index] for index in streamed], *([one] for one in visitors)):
             self.stream(modules, main)
-        self.settle(self.vae, HOST if streamed else main)
-        for module in self.vae if streamed else ():
-            self.move(module, main, HOST)
-            self.stream([module], main)
+        if streamed:
+            self.lend_vae(main)
+        else:
+            self.settle(self.vae, main)
         self.move(self.model.language_model.model, main, main)
 
     def one_by_one(self, device: torch.device) -> None:
@@ -247,15 +238,19 @@ class Placement:
         inside = {id(leaf) for layer in self.layers for leaf in layer.modules()}
         self.settle([self.model], device, but=leaves)
         # callers read the type of those outside of the layers
-        self.settle([*(leaf for leaf in leaves if id(leaf) not in inside), *self.vae], HOST)
+        self.settle([leaf for leaf in leaves if id(leaf) not in inside], HOST)
+        for leaf in leaves:
+            self.stream([leaf], device)
+        self.lend_vae(device)
+
+    def lend_vae(self, device: torch.device) -> None:
+        """Leaves the autoencoder in host memory, from where its halves come when they run."""
+        self.settle(self.vae, HOST)
         for module in self.vae:
             self.move(module, device, HOST)
-        for module in (*leaves, *self.vae):
             self.stream([module], device)
 
-    def settle(
-        self, modules: Sequence[nn.Module], device: torch.device, but: Sequence[nn.Module] = ()
-    ) -> None:
+    def settle(self, modules: Modules, device: torch.device, but: Modules = ()) -> None:
         """Brings modules to a device for good, but for some of their parts."""
         away = {id(slot.table) for module in but for slot in slots_of(module, self.dtype)}
         for slot in (slot for module in modules for slot in slots_of(module, self.dtype)):
@@ -264,7 +259,7 @@ class Placement:
                 kept = isinstance(slot.tensor, nn.Parameter)
                 slot.table[slot.leaf] = nn.Parameter(moved, requires_grad=False) if kept else moved
 
-    def stream(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+    def stream(self, modules: Modules, device: torch.device) -> None:
         """Brings each of several modules when it runs."""
         ring = Ring(modules, device, self.dtype)
         self.rings.append(ring)
@@ -286,8 +281,6 @@ class Placement:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        for ring in self.rings:
-            ring.coming.clear()
         self.handles, self.rings = [], []
 
 
@@ -322,8 +315,7 @@ def place(
         count = len(placement.layers)
         placement.spread(Plan((str(device),), (str(device),) * count, frozenset(range(count))))
     else:
-        limits = {name: bytes_of(size) for name, size in max_memory.items()} if max_memory else None
         kind = precision_of(checkpoint.model) or ("float32" if dtype is torch.float32 else "bfloat16")
         usage = rehearse(config, _largest(config), dtype)
-        placement.spread(plan(config, kind, devices_here(limits), usage))
+        placement.spread(plan(config, kind, devices_here(max_memory), usage))
     return placement

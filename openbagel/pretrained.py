@@ -26,16 +26,13 @@ from torch import Tensor
 from openbagel import weights
 from openbagel.config import Activation, BagelConfig, Experts, from_json, official_settings, to_json
 from openbagel.files import read_json
-from openbagel.images import ImageLimits, sincos_table
-from openbagel.model.bagel import BagelModel
+from openbagel.images import ImageLimits
 from openbagel.model.transformer import GEN
 from openbagel.tokens import TextCodec
 
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
-PATCHES = "vit_model.vision_model.embeddings.patch_embedding.weight"
-POSITIONS = "vit_model.vision_model.embeddings.position_embedding.weight"
-NEW = ("connector.", "time_embedder.", "vae2llm.", "llm2vae.")
+PATCHES = f"{weights.VIT}embeddings.patch_embedding.weight"
 NEW_NORMS = ("q_norm.weight", "k_norm.weight")
 VIT_UNUSED = ("head.", "text_model.", "logit_scale", "logit_bias", "embeddings.position_ids")
 """The pooling head and the text tower of SigLIP: nothing of BAGEL reads them."""
@@ -43,14 +40,13 @@ SIGLIP_BASE: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16
 )
 """What a SigLIP config.json means where it is silent."""
-QWEN: dict[str, tuple[Any, ...]] = {"model_type": ("qwen2",)}
 SIGLIP: dict[str, tuple[Any, ...]] = {
     "model_type": ("siglip_vision_model", "siglip"),
     "hidden_act": ("gelu_pytorch_tanh",),
     "layer_norm_eps": (1e-6,),
     "num_channels": (3,),
 }
-"""Values of a config.json that are supported; where it is silent it means the first."""
+"""Values of a SigLIP configuration that are supported; where it is silent it means the first."""
 EMBEDDING_STD = 0.02
 
 
@@ -88,9 +84,9 @@ class JoinedTensors(weights.TensorFiles):
     one is, `wanted` what shape the model gives it. A tensor shares its memory with its twin.
     """
 
-    def __init__(self, stored: Stored, wanted: weights.Shapes, *, twins: dict[str, str], seed: int) -> None:
-        super().__init__([])
-        self.stored, self.wanted, self.twins, self.seed = stored, wanted, twins, seed
+    def __init__(self, stored: Stored, wanted: weights.Shapes, twins: dict[str, str], parts: Parts) -> None:
+        super().__init__([], " with ".join(filter(None, (parts.llm, parts.vit))))
+        self.stored, self.wanted, self.twins, self.seed = stored, wanted, twins, parts.seed
 
     def shapes(self) -> weights.Shapes:
         """Of every tensor that is stored or can be made; a stored one that the model lacks is among them."""
@@ -105,7 +101,7 @@ class JoinedTensors(weights.TensorFiles):
         tensor = files[stored_name]
         if name == PATCHES:
             return tensor.permute(0, 2, 3, 1).flatten(1)
-        if name == POSITIONS:
+        if name == weights.POSITIONS:
             return _resampled(tensor, math.isqrt(self.wanted[name][0]))
         if name in (EMBEDDINGS, HEAD) and (lacking := self.wanted[name][0] - len(tensor)) > 0:
             added = torch.randn(lacking, tensor.shape[1], generator=self._generator(name))
@@ -114,14 +110,14 @@ class JoinedTensors(weights.TensorFiles):
 
     def _is_made(self, name: str) -> bool:
         origin = self.twins.get(name, name)
-        new = origin.startswith(NEW) or origin.endswith(NEW_NORMS) or GEN in origin
-        return new or origin in self.stored or origin in weights.MAY_BE_MISSING
+        published = origin.startswith(("language_model.", "vit_model."))
+        return not published or origin.endswith(NEW_NORMS) or GEN in origin or origin in self.stored
 
     def _drawn(self, name: str) -> Tensor:
         """float32: sin-cos tables, ones for norms, zeros for `llm2vae`, else uniform within 1 / √inputs."""
         shape = self.wanted[name]
         if name in weights.MAY_BE_MISSING:
-            return sincos_table(math.isqrt(shape[0]), shape[1])
+            return weights.position_table(shape)
         if "norm" in name:
             return torch.ones(shape)
         if name.startswith("llm2vae."):
@@ -137,7 +133,6 @@ class JoinedTensors(weights.TensorFiles):
 class Joined:
     """A model that is described, its tensors still on disk; vae holds the autoencoder's."""
 
-    parts: Parts
     config: BagelConfig
     tensors: JoinedTensors
     vae: weights.TensorFiles
@@ -148,15 +143,12 @@ class Joined:
 
         ValueError lists every tensor that a part lacks, or stores and the model has no place for.
         """
-        where = " with ".join(filter(None, (self.parts.llm, self.parts.vit))), str(self.parts.vae)
-        stored = self.tensors, self.tensors.shapes()
-        model, autoencoder = weights.build(
-            self.config, stored, self.vae, dtype=torch.float32, device=device, where=where
-        )
-        for name, parameter in model.named_parameters():
+        files = self.tensors, self.vae
+        joined = weights.build(self.config, files, self.codec, dtype=torch.float32, device=device)
+        for name, parameter in joined.model.named_parameters():
             if name in self.tensors.twins:
                 parameter.data = parameter.data.clone()  # the two are trained apart
-        return weights.Checkpoint(self.config, model, autoencoder, self.codec)
+        return joined
 
 
 def join(parts: Parts) -> Joined:
@@ -165,7 +157,7 @@ def join(parts: Parts) -> Joined:
     vit_files = weights.TensorFiles(weights.weight_files(Path(parts.vit)) if parts.vit else [])
     vae_files = weights.TensorFiles([Path(parts.vae)] if parts.vae else [])
     codec = TextCodec.load(parts.llm)
-    llm_fields = _read_fields(parts.llm, QWEN)
+    llm_fields = read_json(Path(parts.llm) / "config.json")
     tree = {
         "llm": _llm(parts, llm_fields, len(codec)),
         "vit": _vit(parts, parts.vit) if parts.vit else None,
@@ -177,25 +169,11 @@ def join(parts: Parts) -> Joined:
     stored: Stored = {f"language_model.{name}": (llm_files, name) for name in llm_files.handles}
     if config.vit:
         stored |= dict(_vit_tensors(vit_files, config.vit.num_used_layers))
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in BagelModel(config).state_dict().items()}
+    wanted = weights.model_shapes(config)
     twins = {name: name.replace(GEN, "") for name in wanted if GEN in name and parts.copy_experts}
     if llm_fields.get("tie_word_embeddings") and HEAD not in stored:
         twins[HEAD] = EMBEDDINGS
-    tensors = JoinedTensors(stored, wanted, twins=twins, seed=parts.seed)
-    return Joined(parts, config, tensors, vae_files, codec)
-
-
-def _read_fields(folder: str, supported: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """A Hugging Face config.json, of a vision tower where it describes two."""
-    where = Path(folder) / "config.json"
-    stored = read_json(where)
-    fields: dict[str, Any] = stored.get("vision_config", stored)
-    for key, values in supported.items():
-        if fields.get(key, values[0]) not in values:
-            valid = " or ".join(map(repr, values))
-            raise ValueError(f"{where}: {key}={fields[key]!r} is not supported, only {valid}")
-    return fields
+    return Joined(config, JoinedTensors(stored, wanted, twins, parts), vae_files, codec)
 
 
 def _llm(parts: Parts, fields: dict[str, Any], num_tokens: int) -> dict[str, Any]:
@@ -205,11 +183,13 @@ def _llm(parts: Parts, fields: dict[str, Any], num_tokens: int) -> dict[str, Any
         scaling = None if rope.get("rope_type", "default") == "default" else rope
         fields = fields | {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaling}
     own = {"qk_norm": parts.qk_norm, "vocab_size": max(fields["vocab_size"], num_tokens)}
-    return weights.llm_fields_of(fields, {}) | own
+    return weights.llm_fields_of(fields, {}, parts.llm) | own
 
 
 def _vit(parts: Parts, folder: str) -> dict[str, Any]:
-    fields = SIGLIP_BASE | _read_fields(folder, SIGLIP)
+    stored = read_json(Path(folder) / "config.json")
+    fields = SIGLIP_BASE | stored.get("vision_config", stored)  # the vision tower's, where there are two
+    weights.require_values(fields, SIGLIP, folder)
     layers, select = fields["num_hidden_layers"], parts.vit_select_layer
     if not -layers <= select <= -1:
         raise ValueError(f"vit_select_layer {select} must lie between -{layers} and -1 for {folder}")
@@ -228,7 +208,7 @@ def _vit_tensors(files: weights.TensorFiles, layers: int) -> Iterator[tuple[str,
         leaf = stored.removeprefix("vision_model.")
         layer = leaf.removeprefix("encoder.layers.").partition(".")[0]
         if not leaf.startswith(VIT_UNUSED) and not (layer.isdecimal() and int(layer) >= layers):
-            yield f"vit_model.vision_model.{leaf}", (files, stored)
+            yield weights.VIT + leaf, (files, stored)
 
 
 def _sized(config: BagelConfig) -> BagelConfig:

@@ -41,6 +41,10 @@ class Precision(StrEnum):
 
 FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
 PARTS = ("weight", "scale")
+FOREIGN = (
+    "; such weights, packed by another tool, are not read: take the original ones and pack them "
+    "(--quantize, or `openbagel convert --to int8`)"
+)
 
 
 class PackedLinear(nn.Linear):
@@ -53,7 +57,7 @@ class PackedLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         weight = linear.weight.detach()
         packed = _pack(weight.to(device or weight.device), precision)
-        self.precision = precision
+        self.precision, self.shape = precision, weight.shape
         self.weight, self.scale = (nn.Parameter(part, requires_grad=False) for part in packed)
         self.bias = linear.bias
 
@@ -66,12 +70,8 @@ class PackedLinear(nn.Linear):
             case Precision.INT4:
                 from torchao.quantization import Int4TilePackedTo4dTensor
 
-                weight = Int4TilePackedTo4dTensor(self.weight, self.scale, [1, GROUP], self._shape)
+                weight = Int4TilePackedTo4dTensor(self.weight, self.scale, [1, GROUP], self.shape)
                 return F.linear(x, weight, self.bias)
-
-    @property
-    def _shape(self) -> torch.Size:
-        return torch.Size((self.out_features, self.in_features))
 
     def _scaled(self, x: Tensor) -> Tensor:
         weight, scale = self.weight, self.scale
@@ -88,22 +88,22 @@ class PackedLinear(nn.Linear):
         from bitsandbytes import matmul_4bit  # pyright: ignore[reportPrivateImportUsage]
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = QuantState(self.scale, shape=self._shape, blocksize=BLOCK, quant_type="nf4", dtype=x.dtype)
+        state = QuantState(self.scale, shape=self.shape, blocksize=BLOCK, quant_type="nf4", dtype=x.dtype)
         if self.in_features % BLOCK == 0:
             return matmul_4bit(x, self.weight, state, bias=self.bias)
         # bitsandbytes 0.50 misreads blocks that go over the end of a row on CPUs: make it one row
-        state.shape = torch.Size((1, self._shape.numel()))
-        return F.linear(x, dequantize_4bit(self.weight, state).view(self._shape), self.bias)
+        state.shape = torch.Size((1, self.shape.numel()))
+        return F.linear(x, dequantize_4bit(self.weight, state).view(self.shape), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves what is packed, but never casts it."""
-        packed = {leaf: self.get_parameter(leaf).data for leaf in PARTS}
-        self._parameters = {"bias": self._parameters["bias"]}
-        super()._apply(fn, recurse)
-        for leaf, part in packed.items():
-            moved = fn(part.view(torch.uint8)).view(part.dtype)
-            self._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
-        return self
+        packed = self.weight, self.scale
+
+        def moved(tensor: Tensor) -> Tensor:
+            kept = any(tensor is part for part in packed)
+            return fn(tensor.view(torch.uint8)).view(tensor.dtype) if kept else fn(tensor)
+
+        return super()._apply(moved, recurse)
 
 
 def _pack(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
@@ -156,22 +156,21 @@ def quantize(
 
     ValueError for precisions that there are not, that the device cannot have, or on top of another one.
     """
-    check_choice("precision", precision, [str(one) for one in Precision])
+    check_choice("precision", precision, Precision)
     kind = Precision(precision)
     if (before := precision_of(model)) is not None:
         raise ValueError(f"the weights are {before} already; take the original ones to get {kind}")
-    require_no_adapter(model)
+    require_plain(model)
     linears = (name for name, one in model.named_modules() if isinstance(one, nn.Linear))
     names, whole = [name for name in linears if name.startswith(LAYERS)], []
-    check_device(kind, device or model.get_submodule(names[0]).get_parameter("weight").device)
+    check_device(kind, device or model.get_parameter(f"{names[0]}.weight").device)
     for name in names:
-        parent, _, leaf = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         if kind is Precision.INT4 and linear.in_features % GROUP:
             whole.append(f"{name} ({linear.in_features})")
         else:
-            model.get_submodule(parent).add_module(leaf, PackedLinear(linear, kind, device))
+            model.set_submodule(name, PackedLinear(linear, kind, device))
     if whole:
         told = f"{len(whole)} of {len(names)} linears keep their weights: int4 packs groups of {GROUP} inputs"
         warnings.warn(f"{told}, unlike {whole[0]} has", stacklevel=2)
@@ -179,8 +178,16 @@ def quantize(
     return len(names) - len(whole)
 
 
-def require_no_adapter(model: nn.Module) -> None:
-    """ValueError when one is bound: its tensors have no place in a checkpoint."""
+def require_weights(model: nn.Module) -> None:
+    """ValueError when linears have none between two forwards, because CUDA decodes them from DFloat11."""
+    if any(name.endswith(".encoded_exponent") for name, _ in model.named_buffers()):
+        remedy = "load it with device='cpu', or unpack it with `openbagel convert … --to bfloat16`"
+        raise ValueError(f"the model's weights are packed (DFloat11); {remedy}")
+
+
+def require_plain(model: nn.Module) -> None:
+    """ValueError when one is bound, which has no place in a checkpoint, or when there are no weights."""
+    require_weights(model)
     if any(".lora." in name for name, _ in model.named_parameters()):
         raise ValueError("an adapter is bound to the model; merge or remove it first (openbagel.lora)")
 
@@ -193,9 +200,8 @@ def check_device(precision: Precision | None, device: torch.device | str) -> Non
     if precision is not Precision.INT4 or device.type == "meta":
         return
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError(
-            f"int4 needs a CUDA card of the Ampere generation or later, not {device}; use nf4 or int8"
-        )
+        needed = "a CUDA card of the Ampere generation or later"
+        raise ValueError(f"int4 needs {needed}, not {device}; use nf4 or int8")
 
 
 def precision_of(model: nn.Module) -> Precision | None:
@@ -212,13 +218,10 @@ def packed_names(model: nn.Module) -> set[str]:
 def stored_precision(entries: Mapping[str, Any], where: str) -> Precision | None:
     """What a config.json says of its weights, None of plain ones. ValueError for what other tools packed."""
     if "quantization_config" in entries:
-        raise ValueError(
-            f"{where}: weights packed by another tool (quantization_config) are not read; take the original "
-            "weights with --quantize, or pack them with `openbagel convert`"
-        )
+        raise ValueError(f"{where}: quantization_config{FOREIGN}")
     if "quantization" not in entries:
         return None
     precision = entries["quantization"]
     precision = precision.get("precision") if isinstance(precision, dict) else precision
-    check_choice(f"{where}: quantization", precision, [str(one) for one in Precision])
+    check_choice(f"{where}: quantization", precision, Precision)
     return Precision(precision)

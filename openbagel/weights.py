@@ -13,15 +13,14 @@ that already have the wanted dtype take no memory of their own.
 """
 
 import dataclasses
-import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,21 +35,20 @@ from openbagel.config import (
     ViTConfig,
     bagel_7b,
     from_json,
-    official_settings,
     to_json,
 )
-from openbagel.files import PICKLES, check_tensor_file, read_json
+from openbagel.files import PICKLES, check_tensor_file, read_json, write_json
+from openbagel.images import sincos_table
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
 from openbagel.quantize import (
+    FOREIGN,
     LAYERS,
-    PARTS,
-    PackedLinear,
     Precision,
     packed_names,
     precision_of,
     quantize,
-    require_no_adapter,
+    require_plain,
     stored_precision,
 )
 from openbagel.tokens import TextCodec
@@ -65,30 +63,25 @@ MAY_BE_LEFT_OVER = (".rotary_emb.inv_freq",)
 MOST = {"num_hidden_layers": 1000, "max_latent_size": 256, "vit_max_num_patch_per_side": 256}
 MOST |= dict.fromkeys(("latent_patch_size", "num_res_blocks", "ch_mult"), 64)
 """What no model has more of, so that nothing absurd is built; 2^20 of everything else."""
-LISTED = 40
+LISTED = 20
 """Tensors that an error names of each kind; it counts them all."""
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = ("scale", "scales", "scale_inv", "scale_weight", ".SCB", "absmax", "qzeros")
-FOREIGN = (
-    "; such weights, packed by another tool, are not read: take the original ones and pack them "
-    "(--quantize, or `openbagel convert --to int8`)"
-)
+VIT = "vit_model.vision_model."
+POSITIONS = f"{VIT}embeddings.position_embedding.weight"
 GENERATION_PARTS = ("_moe_gen.", "vae2llm.", "llm2vae.", "time_embedder.", "latent_pos_embed.")
-FIXED_LLM_FIELDS = {"hidden_act": "silu", "use_sliding_window": False, "rope_scaling": None}
+QWEN = {"model_type": ("qwen2",), "hidden_act": ("silu",), "use_sliding_window": (False,)}
+QWEN |= {"rope_scaling": (None,)}
+"""Values of a Qwen2 configuration that are supported; where it is silent it means the first."""
 PREPROCESSOR = {
     "image_processor_type": "SiglipImageProcessor",
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
 }
 """preprocessor_config.json, which vLLM wants; openbagel itself never reads it."""
-TOP_LEVEL = (
-    "layer_module",
-    "latent_patch_size",
-    "max_latent_size",
-    "vit_max_num_patch_per_side",
-    "connector_act",
-    "interpolate_pos",
-)
+ELSEWHERE = ("llm", "vit", "vae", "settings")
+TOP_LEVEL = tuple(f.name for f in dataclasses.fields(BagelConfig) if f.name not in ELSEWHERE)
+"""Fields of a model that stand at the top of config.json; its parts have objects of their own there."""
 Shapes = dict[str, tuple[int, ...]]
 """Of tensors, by name."""
 
@@ -104,13 +97,14 @@ class Checkpoint:
 
 
 class TensorFiles:
-    """The tensors of one or several safetensors files, by name, opened lazily."""
+    """The tensors of one or several safetensors files, by name, opened lazily. Errors name them `where`."""
 
     precision: Precision | None = None
     """Of the linears that `openbagel.quantize` packed."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], where: str | None = None) -> None:
         self.handles: dict[str, Any] = {}
+        self.where = where or " with ".join(map(str, paths))
         for path in paths:
             message = f"{path} is no complete safetensors file ({{error}}); download it again"
             with retold(message, SafetensorError, OSError):
@@ -162,10 +156,6 @@ def _shard_files(folder: Path) -> list[Path]:
     strange = [shard for shard in shards if Path(shard).name != shard]
     if strange or not shards:
         raise ValueError(f"{folder / INDEX_FILE} names no files of its own folder: {strange or index!r}")
-    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise ValueError(
-            f"{folder} lacks the shards {', '.join(missing)} that {INDEX_FILE} lists; download them"
-        )
     return [folder / shard for shard in shards]
 
 
@@ -178,7 +168,8 @@ def open_weights(place: Path) -> TensorFiles:
     paths = weight_files(place)
     if paths[0].suffix == ".gguf":
         return gguf_files.GGUFFile(paths[0])
-    files, config = TensorFiles(paths), (place if place.is_dir() else place.parent) / "config.json"
+    files, folder = TensorFiles(paths, str(place)), place if place.is_dir() else place.parent
+    config = folder / "config.json"
     files.precision = stored_precision(read_json(config), str(config)) if config.is_file() else None
     return files
 
@@ -208,20 +199,16 @@ def load_checkpoint(
     folder = Path(folder)
     if folder.is_file():
         folder, weights = folder.parent, weights or folder
-    files, vae_files = open_weights(weights or folder), open_autoencoder(folder)
-    shapes = files.shapes()
-    config = read_config(folder, shapes, vae_files.shapes(), settings or {})
+    files = open_weights(weights or folder)
+    config = read_config(folder, files.shapes(), settings or {})
     if understanding_only:
         config = config.understanding_only()
-        shapes = {
-            name: shape for name, shape in shapes.items() if not any(p in name for p in GENERATION_PARTS)
-        }
-    where = str(folder), str(folder / VAE_FILE)
-    model, autoencoder = build(config, (files, shapes), vae_files, dtype=dtype, device=device, where=where)
+    unused = GENERATION_PARTS if understanding_only else ()
     codec = TextCodec.load(folder)
     if (largest := max(codec.tokenizer.get_vocab().values())) >= config.llm.vocab_size:
         raise ValueError(f"{folder}: its tokenizer has id {largest}, its model {config.llm.vocab_size} ids")
-    return Checkpoint(config, model, autoencoder, codec)
+    both = files, open_autoencoder(folder)
+    return build(config, both, codec, dtype=dtype, device=device, unused=unused)
 
 
 def default_device() -> torch.device:
@@ -237,80 +224,89 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 def build(
     config: BagelConfig,
-    stored: tuple[TensorFiles, Shapes],
-    vae_files: TensorFiles,
+    files: tuple[TensorFiles, TensorFiles],
+    codec: TextCodec,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
-    where: tuple[str, str],
-) -> tuple[BagelModel, AutoEncoder | None]:
-    """The model and the autoencoder (None without files), filled; `where` names the two in errors. On the
-    device "meta" the transformer alone stays without memory.
+    unused: tuple[str, ...] = (),
+) -> Checkpoint:
+    """The model and the autoencoder (None without tensors), filled from a file each. On the device "meta" the
+    transformer alone stays without memory. unused are pieces of the names of tensors that may stay on disk.
     """
+    model_files, vae_files = files
     with torch.device("meta"):
         model = BagelModel(config)
         autoencoder = AutoEncoder(config.vae) if config.vae and vae_files.handles else None
-    if stored[0].precision is not None:
-        quantize(model, stored[0].precision)
-    fill(model, *stored, dtype=dtype, device=device, where=where[0])
+    if model_files.precision is not None:
+        quantize(model, model_files.precision)
+    fill(model, model_files, dtype=dtype, device=device, unused=unused)
     if autoencoder is not None:
-        place = "cpu" if str(device) == "meta" else device
-        fill(autoencoder, vae_files, vae_files.shapes(), dtype=dtype, device=place, where=where[1])
-    return model.eval(), autoencoder and autoencoder.eval()
+        fill(autoencoder, vae_files, dtype=dtype, device="cpu" if str(device) == "meta" else device)
+    return Checkpoint(config, model.eval(), autoencoder and autoencoder.eval(), codec)
 
 
 def fill(
     module: nn.Module,
     files: TensorFiles,
-    shapes: Shapes,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
-    where: str,
+    unused: tuple[str, ...] = (),
 ) -> None:
-    """Gives a module on the meta device its tensors, one by one."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    computed = {name for name in MAY_BE_MISSING if name in wanted and shapes.get(name) != wanted[name]}
-    shapes = {name: shape for name, shape in shapes.items() if name not in computed}  # of another grid
-    missing = [name for name in wanted if name not in shapes and name not in MAY_BE_MISSING]
-    unexpected = [name for name in shapes if name not in wanted and not name.endswith(MAY_BE_LEFT_OVER)]
-    misshapen = [
-        f"{name} {shapes[name]}, expected {shape}"
-        for name, shape in wanted.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    faults = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    if any(faults.values()):
-        listed = "; ".join(
-            f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names
-        )
-        foreign = FOREIGN if any(name.endswith(SCALES) for name in unexpected) else ""
-        raise ValueError(f"{where} does not fit its configuration; {listed}{foreign}")
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    """Gives a module on the meta device its tensors, one by one. Position tables of another grid than the
+    module's are computed.
+    """
+    wanted, stored = shapes_of(module), files.shapes()
+    computed = {name for name in MAY_BE_MISSING if name in wanted and stored.get(name) != wanted[name]}
+    left = {name for name in stored if name.endswith(MAY_BE_LEFT_OVER) or any(p in name for p in unused)}
+    stored = {name: shape for name, shape in stored.items() if name not in computed | left}
+    if faults := misfits(stored, {name: shape for name, shape in wanted.items() if name not in computed}):
+        foreign = FOREIGN if any(name.endswith(SCALES) for name in stored.keys() - wanted.keys()) else ""
+        raise ValueError(f"{files.where} does not fit its configuration; {faults}{foreign}")
     files.keep_packed(module, device, dtype)
-    for owner_name, owner in module.named_modules():
-        for leaf, parameter in list(owner._parameters.items()):
-            if parameter is None:
-                continue
-            name = f"{owner_name}.{leaf}" if owner_name else leaf
-            if name in shapes:
-                tensor, packed = files[name], isinstance(owner, PackedLinear) and leaf in PARTS
-                if tensor.dtype not in ([parameter.dtype] if packed else PLAIN):
-                    raise ValueError(f"{where}: {name} is stored as {tensor.dtype}{FOREIGN}")
-                tensor = tensor.to(device=device, dtype=None if packed else dtype)
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=name not in frozen)
-            else:
-                owner._parameters[leaf] = nn.Parameter(
-                    torch.empty(wanted[name], dtype=dtype, device=device), False
-                )
-                owner.reset_parameters()  # pyright: ignore[reportCallIssue]
+    packed, state = packed_names(module), {}
+    for name, parameter in module.named_parameters():
+        tensor = position_table(wanted[name]) if name in computed else files[name]
+        if tensor.dtype not in ([parameter.dtype] if name in packed else PLAIN):
+            raise ValueError(f"{files.where}: {name} is stored as {tensor.dtype}{FOREIGN}")
+        state[name] = tensor.to(device=device, dtype=None if name in packed else dtype)
+    module.load_state_dict(state, strict=False, assign=True)
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (" …" if len(names) > LISTED else "")
+def shapes_of(module: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def read_config(folder: Path, shapes: Shapes, vae_shapes: Shapes, settings: Mapping[str, Any]) -> BagelConfig:
+def model_shapes(config: BagelConfig) -> Shapes:
+    with torch.device("meta"):
+        return shapes_of(BagelModel(config))
+
+
+def position_table(shape: tuple[int, ...]) -> Tensor:
+    """One of MAY_BE_MISSING, in float32."""
+    return sincos_table(math.isqrt(shape[0]), shape[1])
+
+
+def misfits(stored: Shapes, wanted: Shapes) -> str:
+    """Counts and names what is missing, unexpected or misshapen; nothing where all fits."""
+    faults = {
+        "missing": [name for name in wanted if name not in stored],
+        "unexpected": [name for name in stored if name not in wanted],
+        "misshapen": [
+            f"{name} {stored[name]}, expected {shape}"
+            for name, shape in wanted.items()
+            if stored.get(name, shape) != shape
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:LISTED])}{' …' * (len(names) > LISTED)}"
+        for kind, names in faults.items()
+        if names
+    )
+
+
+def read_config(folder: Path, shapes: Shapes, settings: Mapping[str, Any]) -> BagelConfig:
     """Every per-model fact: config.json (overridden by settings), the two part files, tensor shapes, the 7B's
     values. ValueError for what makes no sense, before anything is built.
     """
@@ -319,10 +315,9 @@ def read_config(folder: Path, shapes: Shapes, vae_shapes: Shapes, settings: Mapp
             raise ValueError(f"settings: unknown key {key!r}{nearest(key, TOP_LEVEL)}")
     path = folder / "config.json"
     stored = {**(read_json(path) if path.is_file() else {}), **settings}
-    try:
-        tree = _config_tree(folder, stored, shapes, vae_shapes)
-    except (AttributeError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{folder}: its configuration and its tensors make no sense ({error!r})") from None
+    errors = AttributeError, KeyError, IndexError, TypeError, ZeroDivisionError
+    with retold(f"{folder}: its configuration and its tensors make no sense ({{error}})", *errors):
+        tree = _config_tree(folder, stored, shapes)
     config = from_json(BagelConfig, tree, str(folder))
     _check_plausible(config, shapes, str(folder))
     return config
@@ -341,104 +336,80 @@ def _check_plausible(config: BagelConfig, shapes: Shapes, where: str) -> None:
             raise ValueError(
                 f"{where}: {heads} heads fit neither hidden_size nor the key-value heads of {part}"
             )
-    stored = len({name.split(".")[3] for name in shapes if name.startswith(LAYERS)})
-    if config.llm.num_hidden_layers > stored:
-        told = config.llm.num_hidden_layers
+    told, stored = config.llm.num_hidden_layers, _count(shapes, LAYERS)
+    if told > stored:
         raise ValueError(f"{where}: num_hidden_layers={told} does not fit the {stored} stored layers")
 
 
-def _config_tree(folder: Path, stored: dict[str, Any], shapes: Shapes, vae_shapes: Shapes) -> dict[str, Any]:
-    known = {**_facts_of_shapes(shapes), **{key: stored[key] for key in TOP_LEVEL if key in stored}}
-    own = stored.get("openbagel")
-    tree = {
-        "llm": llm_fields_of(_part(folder, stored, "llm_config"), shapes),
-        "vit": _vit_fields(_part(folder, stored, "vit_config"), shapes)
-        if "connector.fc1.weight" in shapes
-        else None,
-        "vae": vae_fields_of(stored.get("vae_config", {}), vae_shapes)
-        if "vae2llm.weight" in shapes
-        else None,
-        "settings": own if own is not None else to_json(official_settings()),
-        **known,
-    }
-    if tree["vae"]:
-        tree.setdefault(
-            "latent_patch_size", round((shapes["vae2llm.weight"][1] / tree["vae"]["z_channels"]) ** 0.5)
-        )
-    fallback = to_json(bagel_7b())
-    return {**{key: fallback[key] for key in TOP_LEVEL}, **tree}
+def _config_tree(folder: Path, stored: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
+    tables = {"max_latent_size": MAY_BE_MISSING[0], "vit_max_num_patch_per_side": POSITIONS}
+    facts: dict[str, Any] = {k: round(shapes[n][0] ** 0.5) for k, n in tables.items() if n in shapes}
+    variants = {Experts.MOT: "self_attn.q_proj_moe_gen", Experts.MOE: "mlp_moe_gen.gate_proj"}
+    found = (kind for kind, leaf in variants.items() if f"{LAYERS}0.{leaf}.weight" in shapes)
+    facts["layer_module"] = next(found, Experts.DENSE).value
+    facts["llm"] = llm_fields_of(_part(folder, stored, "llm_config"), shapes, f"{folder}: llm_config")
+    facts["vit"] = facts["vae"] = None
+    if "connector.fc1.weight" in shapes:
+        facts["vit"] = _vit_fields(_part(folder, stored, "vit_config"), shapes)
+    if "vae2llm.weight" in shapes:
+        facts["vae"] = vae = vae_fields_of(stored.get("vae_config", {}), open_autoencoder(folder).shapes())
+        facts["latent_patch_size"] = round((shapes["vae2llm.weight"][1] / vae["z_channels"]) ** 0.5)
+    return to_json(bagel_7b()) | facts | _own_facts(stored)
 
 
-def _facts_of_shapes(shapes: Shapes) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    layer = f"{LAYERS}0."
-    if layer + "self_attn.q_proj_moe_gen.weight" in shapes:
-        facts["layer_module"] = Experts.MOT.value
-    elif layer + "mlp_moe_gen.gate_proj.weight" in shapes:
-        facts["layer_module"] = Experts.MOE.value
-    else:
-        facts["layer_module"] = Experts.DENSE.value
-    tables = {
-        "max_latent_size": "latent_pos_embed.pos_embed",
-        "vit_max_num_patch_per_side": "vit_model.vision_model.embeddings.position_embedding.weight",
-    }
-    return facts | {key: round(shapes[name][0] ** 0.5) for key, name in tables.items() if name in shapes}
+def _own_facts(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json of ours says beside its parts."""
+    own = {"settings": stored["openbagel"]} if "openbagel" in stored else {}
+    return own | {key: stored[key] for key in TOP_LEVEL if key in stored}
+
+
+def _count(shapes: Shapes, stem: str) -> int:
+    """Of the numbered modules after a stem."""
+    return len({name.removeprefix(stem).partition(".")[0] for name in shapes if name.startswith(stem)})
 
 
 def _part(folder: Path, stored: dict[str, Any], name: str) -> dict[str, Any]:
     """A part's fields: from config.json, else from its own file."""
-    if name in stored:
-        return stored[name]
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has neither {path.name} nor {name!r} in its config.json")
-    return read_json(path)
+    with retold(f"{folder} has neither {name}.json nor {name!r} in its config.json", OSError):
+        return stored[name] if name in stored else read_json(folder / f"{name}.json")
 
 
-def llm_fields_of(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
-    for key, value in FIXED_LLM_FIELDS.items():
-        if fields.get(key, value) != value:
-            raise ValueError(f"llm_config: {key}={fields[key]!r} is not supported, only {value!r}")
-    names = [f.name for f in dataclasses.fields(LLMConfig) if f.name in fields]
-    qk_norm = f"{LAYERS}0.self_attn.q_norm.weight" in shapes
-    return {name: fields[name] for name in names} | {"qk_norm": qk_norm}
+def llm_fields_of(fields: dict[str, Any], shapes: Shapes, where: str) -> dict[str, Any]:
+    require_values(fields, QWEN, where)
+    return _fields(LLMConfig, fields) | {"qk_norm": f"{LAYERS}0.self_attn.q_norm.weight" in shapes}
+
+
+def require_values(fields: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    """ValueError for others than the supported values of a foreign configuration."""
+    for key, values in supported.items():
+        if fields.get(key, values[0]) not in values:
+            valid = " or ".join(map(repr, values))
+            raise ValueError(f"{where}: {key}={fields[key]!r} is not supported, only {valid}")
+
+
+def _fields(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: stored[f.name] for f in dataclasses.fields(kind) if f.name in stored}
 
 
 def _vit_fields(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     """The stored layer count may or may not include the layer that BAGEL drops; the tensors decide."""
-    layers = {
-        name.split(".layers.")[1].split(".")[0]
-        for name in shapes
-        if name.startswith("vit_model.") and ".layers." in name
-    }
-    stored = fields.get("num_hidden_layers")
-    if stored not in (len(layers), len(layers) + 1):
-        raise ValueError(
-            f"vit_config: num_hidden_layers={stored} does not fit the {len(layers)} stored layers"
-        )
-    names = [f.name for f in dataclasses.fields(ViTConfig) if f.name in fields]
-    return {name: fields[name] for name in names} | {"num_hidden_layers": len(layers) + 1}
+    layers, stored = _count(shapes, f"{VIT}encoder.layers."), fields.get("num_hidden_layers")
+    if stored not in (layers, layers + 1):
+        raise ValueError(f"vit_config: num_hidden_layers={stored} does not fit the {layers} stored layers")
+    return _fields(ViTConfig, fields) | {"num_hidden_layers": layers + 1}
 
 
 def vae_fields_of(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(VAEConfig)}
-    known = {key: value for key, value in fields.items() if key in names}
-    if not shapes:
-        return to_json(FLUX_VAE) | known
-    ch = shapes["encoder.conv_in.weight"][0]
-    levels = sum(
-        name.endswith("block.0.conv1.weight") and name.startswith("encoder.down.") for name in shapes
-    )
-    blocks = sum(
-        name.startswith("encoder.down.0.block.") and name.endswith(".conv1.weight") for name in shapes
-    )
-    seen = {
-        "ch": ch,
-        "ch_mult": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)],
-        "num_res_blocks": blocks,
-        "z_channels": shapes["decoder.conv_in.weight"][1],
-    }
-    return to_json(FLUX_VAE) | seen | known
+    seen = {}
+    if shapes:
+        ch, levels = shapes["encoder.conv_in.weight"][0], range(_count(shapes, "encoder.down."))
+        seen = {
+            "ch": ch,
+            "ch_mult": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in levels],
+            "num_res_blocks": _count(shapes, "encoder.down.0.block."),
+            "z_channels": shapes["decoder.conv_in.weight"][1],
+        }
+    return to_json(FLUX_VAE) | seen | _fields(VAEConfig, fields)
 
 
 def config_json(config: BagelConfig) -> dict[str, Any]:
@@ -473,9 +444,7 @@ def config_of(stored: Mapping[str, Any]) -> BagelConfig:
     for part in ("llm", "vit", "vae") if "llm_config" in stored else ():
         fields = stored.get(f"{part}_config")
         tree[part] = fields and {key: fields.get(key, value) for key, value in tree[part].items()}
-    tree |= {key: stored[key] for key in TOP_LEVEL if key in stored}
-    tree["settings"] = stored.get("openbagel", tree["settings"])
-    return from_json(BagelConfig, tree, "config.json")
+    return from_json(BagelConfig, tree | _own_facts(stored), "config.json")
 
 
 def save_checkpoint(
@@ -493,11 +462,13 @@ def save_checkpoint(
     precision, packed = precision_of(model), packed_names(model)
     more = {"quantization": {"precision": precision}} if precision else None
     save_all_but_transformer(folder, checkpoint, dtype=dtype, more=more)
-    state = {n: _plain(tensor, None if n in packed else dtype) for n, tensor in model.state_dict().items()}
+    state = {n: on_cpu(t, None if n in packed else dtype) for n, t in model.state_dict().items()}
     if shard_bytes is None:
-        save_file(state, folder / MODEL_FILES[0], {"format": "pt"})
-    else:
-        _save_shards(folder, state, shard_bytes)
+        return save_tensors(folder / MODEL_FILES[0], state)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_tensors(folder / file, {name: state[name] for name in names})
+    write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
 def save_all_but_transformer(
@@ -513,9 +484,7 @@ def save_all_but_transformer(
     ValueError when the model's tensors are not those of a checkpoint: an adapter is bound, or they are
     packed.
     """
-    require_no_adapter(checkpoint.model)
-    if any(name.endswith(".encoded_exponent") for name, _ in checkpoint.model.named_buffers()):
-        raise ValueError("the model's weights are packed (DFloat11); load it with device='cpu' to write it")
+    require_plain(checkpoint.model)
     (folder / vae_file).parent.mkdir(parents=True, exist_ok=True)
     config = config_json(checkpoint.config) | dict(more or {})
     parts = {"config": config} | {name: config.get(name) for name in ("llm_config", "vit_config")}
@@ -524,65 +493,36 @@ def save_all_but_transformer(
         parts["preprocessor_config"] = PREPROCESSOR | {"size": size}
     for name, part in parts.items():
         if part:
-            (folder / f"{name}.json").write_text(json.dumps(part, indent=2) + "\n", "utf-8")
+            write_json(folder / f"{name}.json", part)
     checkpoint.codec.save(folder)
     if checkpoint.autoencoder is not None:
-        vae_state = {
-            name: _plain(tensor, dtype) for name, tensor in checkpoint.autoencoder.state_dict().items()
-        }
-        save_file(vae_state, folder / vae_file, {"format": "pt"})
+        state = checkpoint.autoencoder.state_dict()
+        save_tensors(folder / vae_file, {name: on_cpu(tensor, dtype) for name, tensor in state.items()})
 
 
-def _plain(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def on_cpu(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As it can be written; dtype None keeps its own."""
     return tensor.detach().to("cpu", dtype).contiguous()
 
 
-def _save_shards(folder: Path, state: dict[str, Tensor], shard_bytes: int) -> None:
-    shards = list(_shards(state, shard_bytes))
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, {"format": "pt"})
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    total = sum(tensor.nbytes for tensor in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _shards(state: dict[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
-            yield shard
-            shard = {}
-        shard[name] = tensor
-    if shard:
-        yield shard
+def save_tensors(path: Path, tensors: dict[str, Tensor], told: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the mode that `open` gives files; the library's are for one user. told:
+    what its header says besides.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, told or {"format": "pt"})
+    path.chmod(mode)
 
 
 def config_in(folder: Path) -> BagelConfig:
     """From a folder's configuration and tensor headers alone."""
-    return read_config(folder, open_weights(folder).shapes(), open_autoencoder(folder).shapes(), {})
+    return read_config(folder, open_weights(folder).shapes(), {})
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """What a folder, or the folder of a weight file, holds: from configuration and tensor headers alone."""
-    files, folder = open_weights(folder), folder.parent if folder.is_file() else folder
-    vae_files = open_autoencoder(folder)
-    shapes, vae_shapes = files.shapes(), vae_files.shapes()
-    config = read_config(folder, shapes, vae_shapes, {})
-    if files.precision is not None:  # what is packed has other shapes
-        with torch.device("meta"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in BagelModel(config).state_dict().items()}
-    parts: Counter[str] = Counter()
-    for name, shape in shapes.items():
-        draws, looks = any(part in name for part in GENERATION_PARTS), name.startswith(("vit_", "connector."))
-        side = "generation expert" if draws else "vit and connector" if looks else "understanding expert"
-        parts[side] += math.prod(shape)
-    parts["autoencoder"] = sum(map(math.prod, vae_shapes.values()))
-    return {
-        "folder": str(folder),
-        "parameters": dict(parts) | {"all": parts.total()},
-        "dtypes": sorted(files.dtypes()),
-        "quantization": files.precision,
-        "config": config_json(config),
-    }
+    files = open_weights(folder)
+    config = read_config(folder.parent if folder.is_file() else folder, files.shapes(), {})
+    dtypes = sorted(files.dtypes())
+    return {"dtypes": dtypes, "quantization": files.precision, "config": config_json(config)}

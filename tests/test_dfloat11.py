@@ -27,11 +27,13 @@ from openbagel import dfloat11
 from openbagel.dfloat11 import decode, encode, write_dfloat11
 from openbagel.hub import NANO
 from openbagel.inference.pipeline import Bagel
+from openbagel.lora import Adapter, bind, load_adapter, save_adapter
 from openbagel.model.bagel import BagelModel
+from openbagel.quantize import quantize
 from openbagel.sequence import Text
 from openbagel.weights import Checkpoint, describe, load_checkpoint, open_weights, save_checkpoint
 from tests import tiny
-from tests.test_weights import identical
+from tests.test_weights import identical, starts_alike
 
 PACKED_BY_THE_PACKAGE = Path(__file__).parent / "formats" / "dfloat11_0_5_0.safetensors"
 BLOCK = "language_model_model_layers_1.safetensors"
@@ -248,8 +250,17 @@ def test_on_cuda_the_package_decodes_at_each_forward(
     assert not any(
         "proj" in n and n.endswith("weight") for n, _ in loaded.model.language_model.named_parameters()
     )
-    with pytest.raises(ValueError, match="packed"):
-        save_checkpoint(tmp_path / "again", loaded)
+    bind(adapted := BagelModel(tiny.config()), Adapter(rank=2), generator=torch.Generator())
+    save_adapter(adapted, tmp_path / "adapter")
+    for refused in (
+        lambda: save_checkpoint(tmp_path / "again", loaded),
+        lambda: quantize(loaded.model, "int8"),
+        lambda: bind(loaded.model, Adapter(), generator=torch.Generator()),
+        lambda: load_adapter(loaded.model, tmp_path / "adapter"),
+    ):
+        with pytest.raises(ValueError, match=r"packed \(DFloat11\).*device='cpu'.*convert . --to bfloat16"):
+            refused()
+    assert load_adapter(load_checkpoint(folder).model, tmp_path / "adapter") == 28
     part = load_checkpoint(folder, dtype=torch.bfloat16, device="cuda", understanding_only=True)
     pack, words = tiny.packer().pack(tiny.samples(3)), tiny.packer().pack([[Text((1, 2, 3))]])
     with torch.no_grad():
@@ -318,7 +329,6 @@ def test_description(folder: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "plain", bfloat16())
     packed, plain = describe(folder), describe(tmp_path / "plain")
     assert packed["dtypes"] == ["BF16", "DF11"]
-    assert packed["parameters"] == plain["parameters"]
     assert packed["config"] == plain["config"]
 
 
@@ -338,6 +348,11 @@ def test_nano_draws_the_same_picture(tmp_path: Path) -> None:
     sampling = replace(plain.config.settings.draw, num_timesteps=4)
     pictures = [bagel.using(sampling).generate("a red circle", seed=1) for bagel in (plain, packed)]
     assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+@pytest.mark.parametrize("weights", [None, "model"])
+def test_training_begins_from_one(folder: Path, tmp_path: Path, weights: str | None) -> None:
+    assert starts_alike(folder, tmp_path, weights=weights)
 
 
 # damage -----------------------------------------------------------------------------------------------------
@@ -395,6 +410,9 @@ def test_damaged_buffers(folder: Path, leaf: str, damage: str) -> None:
         {"pattern_dict": {r"language_model\.model\.layers\.\d+": ["self_attn.q_proj"]}},
         {"pattern_dict": {r"(\w+\.?)+!": []}},
         {"pattern_dict": {r".*.*.*.*.*.*.*.*!": []}},
+        {"pattern_dict": {r"\d+\d+\d+\d+\d+\d+\d+!": []}},
+        {"pattern_dict": {r"\d+.\d+.\d+.\d+.\d+": []}},
+        {"pattern_dict": {r"(.|.)(.|.)(.|.)(.|.)(.|.)(.|.)(.|.)(.|.)!": []}},
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ from openbagel.inference.pipeline import Bagel
 from openbagel.model.bagel import BagelModel
 from openbagel.weights import describe, load_checkpoint
 from tests import tiny
-from tests.test_weights import same
+from tests.test_weights import same, starts_alike
 
 LAYERS = "language_model.model.layers."
 ERRORS = {"q8_0": 0.01, "q5_1": 0.06, "q4_0": 0.13, "bf16": 0.003}
@@ -142,6 +142,11 @@ def test_names_of_others_are_the_usual_error(folders: dict[str, Path], tmp_path:
         ValueError, match="does not fit its configuration; .*missing.*1 unexpected: blk.0.attn_q.weight"
     ):
         load_checkpoint(folders["q8_0"], weights=path)
+
+
+@pytest.mark.parametrize("place", ["", "model-q8_0.gguf"], ids=["folder", "file"])
+def test_training_begins_from_one(folders: dict[str, Path], tmp_path: Path, place: str) -> None:
+    assert starts_alike(folders["q8_0"] / place, tmp_path)
 
 
 # types ------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a pickled checkpoint": (pickled("model.ckpt"), "ckpt is a pickle.*convert it to safetensors"),
     "a pickle under a tensor file's name": (pickled(EMA), "ema.safetensors is no complete safetensors file"),
     "a pickled autoencoder": (pickled(VAE, VAE), "ae.safetensors is no complete safetensors file"),
-    "a pickle among the shards": (shards({"a": "x.pt"}), "x.pt"),
+    "a pickle among the shards": (shards({"a": "x.pt"}), "x.pt is a pickle"),
     "an empty file": (raw(b""), "no complete safetensors file"),
     "a pointer of Git LFS": (
         raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
@@ -204,7 +204,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     ),
     "a shard above": (shards({"a": "../ema.safetensors"}), r"names no files of its own.*\.\./ema"),
     "a shard elsewhere": (shards({"a": "/etc/passwd"}), "names no files of its own.*/etc/passwd"),
-    "shards that are numbers": (shards({"a": 7}), "lacks the shards 7"),
+    "shards that are numbers": (shards({"a": 7}), "7 is no complete safetensors file"),
     "a list of shards": (shards(["a.safetensors"]), "names no files of its own"),
     "a tensor in two shards": (twice, "another shard holds too"),
     "a width of 10^9": (config("llm_config.hidden_size", 10**9), "hidden_size=1000000000 is not possible"),

@@ -21,9 +21,12 @@ import torch
 from huggingface_hub import constants
 
 from openbagel import cli, hub
+from openbagel.dfloat11 import write_dfloat11
+from openbagel.gguf_files import write_gguf
 from openbagel.hub import NANO, download, find_model
 from openbagel.inference.pipeline import Bagel
 from openbagel.lora import Adapter, bind, bound, save_adapter
+from openbagel.weights import load_checkpoint, save_checkpoint
 
 NAME = "some/nano"
 SMALL = 2**18
@@ -42,6 +45,8 @@ class Hub:
     refusal: tuple[int, dict[str, str]] | None = None
     """Status and headers of every answer."""
     takes_ranges: bool = True
+    sent: int = 0
+    """Bytes of the files that were asked for, so far."""
 
     def commit(self, revision: str) -> str | None:
         by_commit = {commit_of(name): name for name in self.revisions}
@@ -127,6 +132,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.hub.sent += len(content)
         left = self.hub.cut_after
         if left is not None and len(content) > 1000 and "resolve" in self.path:
             self.hub.cut_after = max(0, left - len(content))
@@ -250,6 +256,53 @@ def test_adapters_come_by_name_too(server: Hub, tmp_path: Path) -> None:
     server.revisions["lora"] = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     bagel = Bagel.load("nano", device="cpu", lora=f"{NAME}@lora")
     assert bound(bagel.model).keys() == bound(model).keys()
+
+
+def test_what_a_model_is_comes_from_its_headers(
+    server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole files, shards and DFloat11, at any revision; nothing of it stays."""
+
+    def told(*options: str) -> str:
+        server.sent = 0
+        assert cli.main(["info", *options]) == 0
+        return capsys.readouterr().out.replace(options[0], "nano")
+
+    checkpoint = load_checkpoint(NANO)
+    save_checkpoint(tmp_path / "shards", checkpoint, shard_bytes=3_000_000)
+    write_dfloat11(tmp_path / "dfloat11", checkpoint)
+    write_gguf(tmp_path / "gguf", checkpoint, "q8_0")
+    for name in ("shards", "dfloat11", "gguf"):
+        paths = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        server.revisions[name] = {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in paths}
+    fits, whole = told("nano", "--fit", "24MB"), told("nano")
+    for revision in ("", "@v1", f"@{commit_of('v1')}", "@shards", "@dfloat11", "@gguf"):
+        assert told(NAME + revision, "--fit", "24MB") == fits
+        assert 20_000 < server.sent < 150_000 + (revision == "@gguf") * SMALL
+        assert (told(NAME + revision) == whole) is (revision not in ("@dfloat11", "@gguf"))
+    with pytest.raises(ValueError, match="nor a model that is whole in the cache"):
+        find_model(NAME, cached=True)
+    server.takes_ranges = False
+    assert told(NAME, "--fit", "24MB") == fits
+    server.takes_ranges = True
+    folder = download(NAME)
+    for setting, value in (("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")):
+        with monkeypatch.context() as patch, hub.outlined(NAME) as found:
+            assert found != folder
+            patch.setattr(constants, setting, value)
+            assert told(NAME, "--fit", "24MB") == fits and server.sent == 0
+
+
+def test_hostile_headers_are_bounded(server: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    files = server.revisions["main"]
+    long = (2**60).to_bytes(8, "little") + bytes(3 * SMALL)
+    server.revisions["long"] = files | {"ema.safetensors": long, "../../evil.safetensors": bytes(9)}
+    assert cli.main(["info", f"{NAME}@long", "--fit", "24MB"]) == 2
+    assert "is no complete safetensors file" in capsys.readouterr().err
+    assert not [path for _, path, _ in server.requests if "evil" in path]
+    server.refusal = REFUSALS["gated"][0]
+    assert cli.main(["info", NAME, "--fit", "24MB"]) == 2
+    assert "is gated" in capsys.readouterr().err
 
 
 REFUSALS = {

@@ -14,17 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from openbagel.images import (
-    FORMATS,
-    MAX_PICTURE_PIXELS,
     ImageLimits,
     grid_position_ids,
-    open_picture,
     patchify,
     sincos_table,
     to_picture,
     to_pixels,
     unpatchify,
 )
+from openbagel.picture_files import FORMATS, MAX_PICTURE_PIXELS, open_picture
 
 OFFICIAL = ImageLimits(max_size=1024, min_size=512, stride=16)
 

@@ -1,6 +1,7 @@
 """Adapters of other trainers, and several at once: every stored tensor finds its place, and deltas add up."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_a_file_alone_says_its_ranks_and_alpha_is_its_rank(folder: Path, tmp_pat
             lambda n: n.replace("language_model.model.", ""),
             "0 of 4 stored tensors fit",
         ),  # the ViT has layers too
-        (lambda n: n.replace("q_proj", "to_q"), "0 of 4 stored tensors fit.*missing|without a place"),
+        (lambda n: n.replace("q_proj", "to_q"), "0 of 4 stored tensors fit; 4 unexpected.*did you mean"),
         (lambda n: f"lora_unet_{n}".replace(".", "_"), "0 of 4 stored tensors fit"),
     ],
 )
@@ -125,6 +126,35 @@ def test_two_adapters_in_one_file_are_refused(folder: Path) -> None:
         load_adapter(fresh(), folder)
 
 
+FOREVER = r"(\w+\.?)+!"
+"""A pattern whose matching takes twice as long with each letter more."""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("target_modules", FOREVER), ("exclude_modules", FOREVER), ("rank_pattern", {FOREVER: 2})],
+)
+def test_patterns_that_could_take_for_ever_are_not_matched(key: str, value: object, folder: Path) -> None:
+    """What is stored tells for which linears and of which ranks it is."""
+    model, again = adapted(Adapter(rank=2, targets=("q_proj",))), fresh()
+    save_adapter(model, folder)
+    change(folder, **{key: value})
+    start = time.monotonic()
+    assert load_adapter(again, folder) == 4
+    assert time.monotonic() - start < 5
+    assert torch.equal(hidden(again), hidden(model))
+
+
+@pytest.mark.parametrize("spelling", [r"^language_model\.model.layers.0.mlp.up_proj", "k_proj|mlp.up_proj"])
+def test_patterns_of_alpha_are_names_or_their_ends(spelling: str, folder: Path) -> None:
+    save_adapter(adapted(Adapter(preset=Preset.UND, rank=2, alpha=4, targets=("q_proj", "up_proj"))), folder)
+    change(folder, alpha_pattern={spelling: 7, "up_proj": 4, "mlp": 9})
+    model = fresh()
+    load_adapter(model, folder)
+    alphas = [low.alpha for name, low in bound(model).items() if "up_proj" in name]
+    assert alphas == ([7, 4] if "^" in spelling else [7, 7])
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -136,7 +166,8 @@ def test_two_adapters_in_one_file_are_refused(folder: Path) -> None:
         ("rank_pattern", {"q_proj": [1]}, "rank_pattern.q_proj: expected int"),
         ("rank_pattern", [1], "rank_pattern"),
         ("target_modules", 7, "target_modules"),
-        ("target_modules", "(", "no regular expression"),
+        ("alpha_pattern", {"(": 1}, "alpha_pattern '\\(' is not supported; give names, or their ends"),
+        ("alpha_pattern", {"ok": 1, FOREVER: 2}, "alpha_pattern .* is not supported; give names"),
     ],
 )
 def test_absurd_configurations_are_refused(key: str, value: object, words: str, folder: Path) -> None:

@@ -23,6 +23,7 @@ from openbagel.memory import (
     autoencoder_peak,
     bytes_of,
     fit,
+    parameters_of,
     rehearse,
     request,
     weights_of,
@@ -31,6 +32,7 @@ from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
 from openbagel.quantize import quantize
 from openbagel.weights import config_in
+from tests import tiny
 
 WIDTHS = (64, 128, 256)
 TASKS: tuple[Task, ...] = ("ask", "draw", "edit")
@@ -91,6 +93,17 @@ def test_understanding_only_is_8_billion_parameters() -> None:
     whole, small = bagel_7b(), bagel_7b().understanding_only()
     counts = [weights_of(config, "float32").whole / 4e9 for config in (whole, small)]
     assert counts == pytest.approx([14.607 + 0.084, 8.0527], abs=5e-4)
+
+
+@pytest.mark.parametrize("config", [bagel_7b(), tiny.config()], ids=["7b", "tiny"])
+def test_the_generation_expert_is_what_understanding_leaves_out(config: BagelConfig) -> None:
+    whole, small = parameters_of(config), parameters_of(config.understanding_only())
+    assert whole["all"] == sum(count for part, count in whole.items() if part != "all")
+    drawing = {part: count for part, count in whole.items() if part in ("generation expert", "autoencoder")}
+    assert whole["all"] - small["all"] == sum(drawing.values()) > 0
+    assert {part: whole[part] for part in whole.keys() - drawing.keys() - {"all"}} == {
+        part: small[part] for part in small.keys() - {"autoencoder", "all"}
+    }
 
 
 # requests ---------------------------------------------------------------------------------------------------
@@ -216,7 +229,7 @@ def test_info_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1].startswith("best that fits: openbagel edit --model nano --quantize int8")
     assert cli.main(["info", "bagel_7b"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert sum(told["parameters"].values()) == pytest.approx(14.691e9, abs=1e6)
+    assert told["parameters"]["all"] == pytest.approx(14.691e9, abs=1e6)
     assert cli.main(["info", "nano", "--fit", "lots"]) == 2
     assert "'lots' is no size of memory; write for example 24GB" in capsys.readouterr().err
 

@@ -22,9 +22,9 @@ from transformers import (
 from openbagel.config import Experts, from_json, to_json
 from openbagel.images import sincos_table
 from openbagel.model.vae import AutoEncoder
-from openbagel.pretrained import HEAD, POSITIONS, Parts, join
+from openbagel.pretrained import HEAD, Parts, join
 from openbagel.sequence import Packer, Text, VitImage
-from openbagel.weights import Checkpoint, load_checkpoint, save_checkpoint
+from openbagel.weights import POSITIONS, Checkpoint, load_checkpoint, save_checkpoint
 from tests import tiny
 
 VISION = {

@@ -1,6 +1,7 @@
 """Checkpoint folders: round trips in every layout, strictness, and what is read from where."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,8 +18,11 @@ from openbagel.images import sincos_table
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
 from openbagel.sequence import Text, VitImage
+from openbagel.train.parallel import Ranks
+from openbagel.train.stages import begin_from
 from openbagel.weights import INDEX_FILE, Checkpoint, TensorFiles, load_checkpoint, save_checkpoint
 from tests import tiny
+from tests.train.test_trainer import quiet, recipe
 
 EMA = "ema.safetensors"
 
@@ -34,6 +38,16 @@ def same(ours: nn.Module | None, theirs: nn.Module | None) -> bool:
 def identical(ours: Checkpoint, theirs: Checkpoint) -> bool:
     alike = same(ours.model, theirs.model) and same(ours.autoencoder, theirs.autoencoder)
     return alike and ours.config == theirs.config
+
+
+def starts_alike(start: Path, run: Path, **origin: Any) -> bool:
+    """Whether training begins with the weights that loading gives, whole or read one by one as ranks do."""
+    given = {f"start__{key}": value for key, value in origin.items()}
+    begin = begin_from(recipe(start, run, **given), Ranks("cpu", report=quiet))
+    model = load_checkpoint(start, dtype=torch.float32).model
+    stored = {n: tensor for n, tensor in model.state_dict().items() if not n.endswith("pos_embed")}
+    read = all(torch.equal(begin.read(name).float(), tensor) for name, tensor in stored.items())
+    return same(begin.checkpoint.model, model) and read
 
 
 @cache
@@ -102,6 +116,18 @@ def test_loaded_models_train_as_built_ones_do(folder: Path) -> None:
 def test_codec_comes_along(folder: Path) -> None:
     codec = load_checkpoint(folder).codec
     assert codec.encode("a red circle <|im_end|>") == tiny.codec().encode("a red circle <|im_end|>")
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 60_000], ids=["one file", "sharded"])
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+def test_files_have_the_mode_that_open_gives(tmp_path: Path, shard_bytes: int | None) -> None:
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(tmp_path / "model", tiny.checkpoint(), shard_bytes=shard_bytes)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
 
 
 # other layouts ----------------------------------------------------------------------------------------------
@@ -324,7 +350,7 @@ BROKEN = {
         without(EMA),
         "holds no weights: expected one of ema.safetensors, model.safetensors, model",
     ),
-    "no shard": (without_a_shard, f"lacks the shards model-00002-of-.* that {INDEX_FILE} lists; download"),
+    "no shard": (without_a_shard, "model-00002-of-.* is no complete safetensors file .*; download it again"),
     "bad json": (with_content("config.json", b"{"), "config.json is no valid JSON"),
     "no llm": (without("config.json", "llm_config.json"), "has neither llm_config.json nor 'llm_config' in"),
     "no tokenizer": (without("tokenizer.json"), "holds no tokenizer"),

@@ -27,7 +27,7 @@ from openbagel.data.mixture import find_data, picture_folder
 from openbagel.data.samples import BadRow
 from openbagel.data.sources import Source, arrow, open_source
 from openbagel.data.tasks import Row, picture_in
-from openbagel.images import open_picture
+from openbagel.picture_files import open_picture
 
 PICTURE_FIELDS = ("image", "image_list", "images", "frames")
 ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}

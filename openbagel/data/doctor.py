@@ -155,46 +155,34 @@ def examine(
 
 
 def _faults(dataset: Examined, config: BagelConfig, options: Examination) -> Iterator[Problem]:
-    """What is wrong with each row; on the way it is filled in what the rows are."""
+    """The first thing that is wrong with each row; on the way it is filled in what the rows are."""
     group, rows = dataset.group, dataset.group.starts[-1]
     count = min(options.rows or rows, rows)
     for turn in tqdm(range(count), desc=group.name, disable=None, leave=False):
         row = turn * rows // count
-        plans, faults = _row(group, row, options.packing.longest, config)
-        yield from (Problem(group.name, group.where(row), fault) for fault in faults)
-        if faults:
-            dataset.bad += 1
-        else:
-            dataset.good.append(row)
-            dataset.plans += plans
-
-
-def _row(group: Group, row: int, most: int, config: BagelConfig) -> tuple[list[Plan], list[str]]:
-    """The plans of a row of at most so many tokens, and its faults."""
-    plans: list[Plan] = []
-    faults: list[str] = []
-
-    def check(name: str, value: Any) -> None:
         try:
-            picture_in(folder, value, name, whole=True)
+            dataset.plans += _plans(group, row, options.packing.longest, config)
+            dataset.good.append(row)
         except ValueError as error:
-            faults.append(str(error))
+            dataset.bad += 1
+            yield Problem(group.name, group.where(row), str(error))
 
-    try:
-        fields, folder = group.fields(row)
-        mapped(fields, check)
-        for epoch in range(0 if faults else EPOCHS):
-            parts = group.parts(row, SampleId(group.name, epoch, row).random(SEED, "parts"))
-            kinds = ([part for part in parts if isinstance(part, kind)] for kind in (Part, Text, Look, Draw))
-            plans.append(tuple(extent(kind, config) for kind in kinds))
-            if fields.get("video"):
-                decode(parts)
-    except ValueError as error:
-        faults.append(str(error))
-    if (longest := max((plan[0].tokens for plan in plans), default=0)) > most:
+
+def _plans(group: Group, row: int, most: int, config: BagelConfig) -> list[Plan]:
+    """Those of a row in each epoch. ValueError for a row with a fault, or of more than so many tokens."""
+    plans: list[Plan] = []
+    fields, folder = group.fields(row)
+    mapped(fields, lambda name, value: picture_in(folder, value, name, whole=True))
+    for epoch in range(EPOCHS):
+        parts = group.parts(row, SampleId(group.name, epoch, row).random(SEED, "parts"))
+        kinds = ([part for part in parts if isinstance(part, kind)] for kind in (Part, Text, Look, Draw))
+        plans.append(tuple(extent(kind, config) for kind in kinds))
+        if fields.get("video"):
+            decode(parts)
+    if (longest := max(plan[0].tokens for plan in plans)) > most:
         remedy = "raise it, lower max_image_size, or shorten the row"
-        faults.append(f"{longest} tokens, max_num_tokens_per_sample is {most}; {remedy}")
-    return plans, faults
+        raise ValueError(f"{longest} tokens, max_num_tokens_per_sample is {most}; {remedy}")
+    return plans
 
 
 # packs and one step ----------------------------------------------------------------------------------------

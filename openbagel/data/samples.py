@@ -22,7 +22,8 @@ from torch import Tensor
 
 from openbagel.checks import check_choice
 from openbagel.config import BagelConfig
-from openbagel.images import ImageLimits, open_picture, open_video, picture_size, to_pixels
+from openbagel.images import ImageLimits, to_pixels
+from openbagel.picture_files import open_picture, open_video, picture_size
 from openbagel.sequence import Span, Text, VitImage
 
 

@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 from threading import Lock, get_ident
 from typing import Any, TypeVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
-import httpx
 from PIL import Image
 
 from openbagel.checks import check_least
@@ -120,7 +122,8 @@ class Judge:
             "seed": vote,
         }
         key = os.environ.get(self.endpoint.key_variable)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
         answer = self._posted(f"{self.endpoint.url.rstrip('/')}/chat/completions", body, headers)
         try:
             usage = answer.get("usage") or {}
@@ -139,16 +142,17 @@ class Judge:
         for attempt in range(self.endpoint.attempts):
             self._take_turn()
             pause = 2.0**attempt
+            request = Request(url, json.dumps(body).encode(), headers)
             try:
-                response = httpx.post(url, json=body, headers=headers, timeout=self.endpoint.timeout)
-                if response.status_code == 200:
-                    return response.json()
-                problem = f"{response.status_code} {response.text[:200]}"
-                if response.status_code not in RETRIED:
+                with urlopen(request, timeout=self.endpoint.timeout) as response:
+                    return json.load(response)
+            except HTTPError as error:
+                problem = f"{error.code} {error.read(200).decode('utf-8', 'replace')}"
+                if error.code not in RETRIED:
                     break
-                asked = response.headers.get("retry-after", "")
+                asked = error.headers.get("retry-after", "")
                 pause = float(asked) if asked.isdecimal() else pause
-            except (httpx.HTTPError, ValueError) as error:
+            except (OSError, HTTPException, ValueError) as error:
                 problem = str(error) or type(error).__name__
             if attempt + 1 < self.endpoint.attempts:
                 self.wait(min(pause, 60.0))

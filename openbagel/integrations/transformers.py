@@ -32,12 +32,13 @@ from openbagel.checks import check_choice
 from openbagel.config import Sampling, adjusted
 from openbagel.data.samples import Pixels, Role, Sample, SampleId
 from openbagel.hub import find_model
-from openbagel.images import open_picture, to_pixels
+from openbagel.images import to_pixels
 from openbagel.inference.pipeline import Bagel
 from openbagel.inference.text import split_thought
 from openbagel.integrations.conversation import CHAT_TEMPLATE, Rendered, escaped, read
 from openbagel.model.bagel import BagelModel, PositionTable
 from openbagel.model.vae import AutoEncoder
+from openbagel.picture_files import open_picture
 from openbagel.placement import place
 from openbagel.quantize import precision_of
 from openbagel.sequence import Text
@@ -300,19 +301,15 @@ class BagelForConditionalGeneration(hf.PreTrainedModel, hf.GenerationMixin):
         """
         bagel, pictures = self.bagel, iter(() if pixel_values is None else pixel_values)
         targets = torch.full_like(input_ids, NO_LABEL) if labels is None else labels
-        samples: list[Sample] = []
-        kept: list[bool] = []
         rows = zip(_rows(input_ids, attention_mask), _rows(targets, attention_mask), strict=True)
-        for number, (row, wanted) in enumerate(rows):
-            spans = list(_spans(row, bagel.codec, pictures))
-            parts, learned = _learned(bagel, spans, [label != NO_LABEL for label in wanted])
-            samples.append(Sample(SampleId("transformers", 0, number), tuple(parts)))
-            kept += learned
+        learned = [_learned(bagel, list(_spans(row, bagel.codec, pictures)), wanted) for row, wanted in rows]
+        samples = [Sample(SampleId("transformers", 0, i), parts) for i, (parts, _) in enumerate(learned)]
         if seed is None and any(isinstance(part, Pixels) for sample in samples for part in sample.parts):
             raise ValueError("a picture is learned: pass seed=…, another one at each step, for its noise")
         encoder = LatentEncoder(self.autoencoder, bagel.config, int(seed or 0))
         pack = bagel.engine.packer.pack(encoder.segments(samples)).to(input_ids.device)
         if labels is not None:
+            kept = [one for _, counts in learned for one in counts]
             keep = torch.tensor(kept, dtype=torch.bool, device=pack.labels.device)
             fields = {name: getattr(pack, name)[keep] for name in ("label_places", "labels", "label_weights")}
             losses = self.core.losses(replace(pack, **fields))
@@ -346,8 +343,9 @@ def _spans(ids: list[int], codec: TextCodec, pictures: Iterator[Tensor]) -> Iter
         first = stop
 
 
-def _learned(bagel: Bagel, spans: list[Span], labelled: list[bool]) -> tuple[list[Any], list[bool]]:
+def _learned(bagel: Bagel, spans: list[Span], labels: list[int]) -> tuple[tuple[Any, ...], list[bool]]:
     """The parts of a training sample, and which labels of its learned texts count."""
+    labelled = [label != NO_LABEL for label in labels]
     learns = [any(labelled[first : first + len(ids)]) for ids, _, first in spans]
     drawing = any(one and shown for one, (_, shown, _) in zip(learns, spans, strict=True))
     parts: list[Any] = []
@@ -362,7 +360,7 @@ def _learned(bagel: Bagel, spans: list[Span], labelled: list[bool]) -> tuple[lis
         role = Role.TARGET if learned else Role.CONDITION
         parts += [Pixels((to_pixels(picture),), role)] if drawing else []
         parts += [] if learned else [bagel.pictures.look(picture)]
-    return parts, kept
+    return tuple(parts), kept
 
 
 def _located(model: str | Path, options: dict[str, Any]) -> Path:

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import openbagel
 from openbagel.train.optim import EMA, Optimizer, learned
 from openbagel.train.parallel import Ranks, rows_of
+from openbagel.weights import save_tensors
 
 MANIFEST, FACTS, TEMPORARY = "MANIFEST.json", "facts.json", ".tmp-"
 NAME = re.compile(r"step-(\d{7,})")
@@ -156,7 +156,7 @@ class Checkpoints:
 
         def write() -> dict[str, tuple[int, int]]:
             aside.mkdir(exist_ok=True)
-            save_file(tensors, aside / shard, {"rows": rows})
+            save_tensors(aside / shard, tensors, {"rows": rows})
             if self.ranks.is_first:
                 (aside / FACTS).write_text(facts, "utf-8")
             names = [shard, FACTS] if self.ranks.is_first else [shard]

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from openbagel.images import open_picture, save_picture
 from openbagel.inference.pipeline import Bagel
+from openbagel.picture_files import open_picture, save_picture
 from openbagel.weights import Checkpoint
 
 

@@ -17,6 +17,7 @@ from openbagel.config import BagelConfig, from_json, nano, to_json
 from openbagel.data.loader import Loader
 from openbagel.data.mixture import Group, read_mixture
 from openbagel.data.samples import Dataset, Sample
+from openbagel.dfloat11 import is_packed
 from openbagel.hub import find_model
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
@@ -33,7 +34,7 @@ from openbagel.train.parallel import Parallel, Ranks, materialise, memory_estima
 from openbagel.train.previews import Previews
 from openbagel.train.recipe import Data, Origin, Recipe, Resolution, merged, read_recipe
 from openbagel.train.trainer import Place, Trainer
-from openbagel.weights import Checkpoint, TensorFiles, load_checkpoint, save_checkpoint, weight_files
+from openbagel.weights import Checkpoint, load_checkpoint, open_weights, save_checkpoint
 from openbagel.world.samples import WorldDataset, world_codec, world_named
 
 KINDS = {"text": "text", "t2i_pretrain": "t2i", "vlm_sft": "i2t", "video_interleaved": "video"}
@@ -190,7 +191,8 @@ def _stored(origin: Origin, recipe: Recipe, device: str) -> Beginning:
         raise ValueError(f"{folder} holds no optimiser state; {remedy}")
     facts = find_model(origin.facts) if origin.facts else folder
     named = folder / f"{origin.weights}.safetensors"
-    weights = named if named.is_file() else folder  # shards, or the only file there is
+    whole = named.is_file() and not is_packed(folder)
+    weights = named if whole else folder  # shards, the only file there is, or DFloat11's many
     checkpoint = load_checkpoint(
         facts,
         dtype=torch.float32,
@@ -199,8 +201,7 @@ def _stored(origin: Origin, recipe: Recipe, device: str) -> Beginning:
         settings=origin.settings,
         weights=weights,
     )
-    files = TensorFiles(weight_files(weights))
-    read = stored_weights(files, checkpoint.config)
+    read = stored_weights(open_weights(weights), checkpoint.config)
     return Beginning(checkpoint, Start.CHECKPOINT, origin.checkpoint, read)
 
 

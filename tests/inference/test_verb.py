@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from openbagel import cli
-from openbagel.images import read_frames
+from openbagel.picture_files import read_frames
 
 QUICK = ["--num-timesteps", "3", "--num-frames", "3"]
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from openbagel.data import tasks
 from openbagel.flow import Guidance
-from openbagel.images import clip_writer, read_frames
 from openbagel.inference import events
 from openbagel.inference.pipeline import Bagel
+from openbagel.picture_files import clip_writer, read_frames
 from openbagel.sequence import Text
 from tests import tiny
 from tests.inference.feeding import assert_uncached, layout, photo, png, spied, trained_on, visible
