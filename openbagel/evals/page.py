@@ -15,11 +15,16 @@ def page(records: Sequence[Record], title: str) -> str:
     """Everything in one file: the table, and each sample with its pictures; filters by kind and verdict."""
     kinds = dict.fromkeys(record.kind for record in records)
     choices = [*dict.fromkeys(map(group_of, kinds)), *kinds]
+    return filled(title=title, table=table(records), kinds=choices, samples=list(map(_sample, records)))
+
+
+def filled(*, title: str, table: str, kinds: Sequence[str], samples: Sequence[str]) -> str:
+    """The page; samples are its articles."""
     return Template(TEMPLATE.read_text("utf-8")).substitute(
         title=escape(title),
-        table=escape(table(records)),
-        options="".join(f"<option>{name}</option>" for name in choices),
-        samples="\n".join(map(_sample, records)),
+        table=escape(table),
+        options="".join(f"<option>{escape(name)}</option>" for name in kinds),
+        samples="\n".join(samples),
     )
 
 

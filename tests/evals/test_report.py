@@ -1,0 +1,82 @@
+"""Runs beside each other: values with intervals, published rows, judges apart; and the page of one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from openbagel.evals import base
+from openbagel.evals.base import Made, Plan, Sample, Suite, Verdict
+from openbagel.evals.judges import Reply
+from openbagel.evals.report import compared, run_page
+from tests import tiny
+
+REPLY = Reply(text="<b>8</b>", judge="wise", date="2026-01-01", question="0" * 64)
+
+
+def suite(off: float) -> Suite:
+    """Answers that a judge scores with their number, this much off for the last two."""
+
+    def score(sample: Sample, made: Made, desk: base.Desk) -> Verdict:
+        if sample.id == "0":
+            return Verdict(id="0", group=sample.group, problem="unreadable: ?")
+        value = float(sample.id) + off * (int(sample.id) > 3)
+        return Verdict(id=sample.id, group="a<b", scores={"q": value}, reason="so & so", replies=(REPLY,))
+
+    def summary(verdicts: Sequence[Verdict]) -> dict[str, float]:
+        return {"q": base.mean(verdicts, "q")}
+
+    samples = [Sample(id=str(n), parts=(f"<i>{n}</i>",), group="a<b") for n in range(6)]
+    published = {"BAGEL": {"q": 3.5, "other": 1.0}}
+    return Suite(
+        name="answers",
+        about="",
+        needs="",
+        samples=lambda data: samples,
+        score=score,
+        summary=summary,
+        published=published,
+    )
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    plans = [
+        Plan(data=tmp_path, folder=tmp_path / name, options={"max_tokens": 3}) for name in ("first", "second")
+    ]
+    for plan, off in zip(plans, (0.0, 0.5), strict=True):
+        list(base.run(suite(off), plan, tiny.bagel, model="tiny"))
+    return [plan.folder for plan in plans]
+
+
+def test_runs_stand_beside_each_other_and_the_literature(folders: list[Path]) -> None:
+    lines = compared(folders, {"answers": suite(0).published}).splitlines()
+    assert lines[0].split() == ["answers", "q", "scored", "of", "problems"]
+    assert (
+        lines[1].startswith(str(folders[0]))
+        and " 3 (" in lines[1]
+        and lines[1].endswith("5       6   1 unreadable")
+    )
+    assert " 3.2 (" in lines[2]
+    assert lines[3].split() == ["BAGEL", "(published)", "3.5"]
+    assert lines[4] == f"{folders[1]} against {folders[0]}: q the same in 60.0% of 5, +0.200 on average"
+    with pytest.raises(ValueError, match="holds no finished run"):
+        compared([folders[0].parent], {})
+
+
+def test_runs_of_other_answers_are_not_compared_sample_by_sample(folders: list[Path], tmp_path: Path) -> None:
+    plan = Plan(data=tmp_path, folder=tmp_path / "longer", options={"max_tokens": 6})
+    list(base.run(suite(0.0), plan, tiny.bagel, model="tiny"))
+    assert "against" not in compared([folders[0], plan.folder], {})
+
+
+def test_the_page_shows_everything_and_runs_nothing(folders: list[Path], tmp_path: Path) -> None:
+    (photo := tmp_path / "photo.png").touch()
+    one = suite(0.0)
+    samples = [replace(sample, parts=(photo, *sample.parts)) for sample in one.samples(tmp_path)]
+    page = run_page(one, samples, folders[0])
+    assert page.count("<article") == 6 and page.count('class="wrong photo"') == 1
+    assert "&lt;i&gt;3&lt;/i&gt;" in page and "<i>" not in page and "&lt;b&gt;8&lt;/b&gt;" in page
+    assert "wise, 2026-01-01" in page and "so &amp; so" in page and 'src="../photo.png"' in page
+    assert "BAGEL (published)" in page and 'data-kind="a&lt;b"' in page
