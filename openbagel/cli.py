@@ -40,8 +40,9 @@ def add_fields(parser: argparse.ArgumentParser, verb: type) -> None:
     for f in dataclasses.fields(verb):
         argument = dict(f.metadata)
         short = [argument.pop("short")] if "short" in argument else []
+        aliases = argument.pop("aliases", ())
         is_positional = argument.pop("positional", False)
-        names = [f.name] if is_positional else [*short, "--" + f.name.replace("_", "-")]
+        names = [f.name] if is_positional else [*short, "--" + f.name.replace("_", "-"), *aliases]
         shown = f.default.value if isinstance(f.default, Enum) else f.default
         if shown not in (None, False) and not is_positional:
             argument["help"] += f" (default: {shown})"

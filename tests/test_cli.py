@@ -1,6 +1,7 @@
 """The command line: its verbs and options are pinned, its errors are one line with exit code 2."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ SAMPLING = {
     "--timestep-shift",
     "--taylorseer",
     "--tiled-vae",
+    "--negative-prompt",
     "--text-guidance",
     "--image-guidance",
     "--guidance-interval",
@@ -37,11 +39,19 @@ PINNED = {
     "video": MODEL
     | SAMPLING
     | {"--prompt", "--num-frames", "--fps", "--include-given", "--size", "--output", "-o"},
+    "serve": MODEL | {"--host", "--port", "--api-key", "--insecure", "--no-ui", "--limits"},
+    "ui": MODEL
+    | {"--model_path", "--server-name", "--server_name", "--server-port", "--server_port"}
+    | {"--share", "--password"},
     "info": {"--fit", "--size"},
     "download": {"--to", "--revision", "--workers"},
     "doctor": set(),
     "demo": MODEL | {"--output", "-o"},
-    "eval": MODEL | {"--kinds", "--samples", "--world", "--held-out", "--think", "--output", "-o"},
+    "eval": MODEL
+    | {"--kinds", "--samples", "--world", "--held-out", "--think", "--output", "-o", "--data", "--limit"}
+    | {"--settings", "--batch", "--judge", "--judge-model", "--judge-votes", "--judge-price"}
+    | {"--judge-budget", "--judge-cache"},
+    "eval report": set(),
     "eval curve": {"--output", "-o", "--kinds", "--samples", "--weights", "--device"},
     "train": set(),
     "train plot": {"--output", "-o", "--smoothing"},
@@ -98,6 +108,23 @@ def test_seeds_count_up(tmp_path: Path):
         for a, b in zip(Image.open(tmp_path / "x-2.png").tobytes(), Image.open(alone).tobytes(), strict=True)
     ]
     assert max(difference) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--limits", "que=3"], "did you mean 'queue'?"),
+        (["--limits", "queue=many"], "expected int"),
+        (["--limits", "queue"], "KEY=VALUE"),
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["--api-key", ""], "--api-key"),
+    ],
+)
+def test_a_server_that_must_not_start(options: list[str], told: str, capsys: pytest.CaptureFixture[str]):
+    with suppress(SystemExit):
+        assert cli.main(["serve", *options]) == 2
+    errors = capsys.readouterr().err
+    assert told in errors and errors.count("\n") == 1
 
 
 def test_ask_prints_the_answer(drawn: Path, capsys: pytest.CaptureFixture[str]):

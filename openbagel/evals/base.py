@@ -27,9 +27,9 @@ import torch
 from PIL import Image
 
 import openbagel
-from openbagel.checks import check_least
+from openbagel.checks import check_least, retold
 from openbagel.config import adjusted, from_json, to_json
-from openbagel.evals.judges import Judge, Reply
+from openbagel.evals.judges import Absent, Judge, Reply
 from openbagel.files import read_json, write_json
 from openbagel.images import ImageLimits
 from openbagel.inference.engine import Request
@@ -103,9 +103,10 @@ Summary = Callable[[Sequence[Verdict]], dict[str, float]]
 class Suite:
     """A benchmark. needs: the files it reads, in the layout in which they were published.
 
-    options: the published settings, by the names of `config.adjusted`. looks: how pictures are brought to the
-    ViT, None: as the model has it. published: rows of the literature, for comparison. submission: writes what
-    a benchmark's own server or scorer takes, and says where.
+    options: the published settings, by the names of `config.adjusted`. looks: how pictures are brought to a
+    ViT of this stride, else as the model has it. unit: verdicts of one unit hang together, such as two
+    questions that count when both are right. published: rows of the literature, for comparison. submission:
+    writes what a benchmark's own server or scorer takes, and says where.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Suite:
     think_options: Mapping[str, Any] = field(default_factory=dict)
     looks: ImageLimits | None = None
     judged: bool = False
+    unit: Callable[[Verdict], str] = lambda verdict: verdict.id
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     submission: Callable[[Sequence[tuple[Sample, Made]], Path], Path] | None = None
 
@@ -178,14 +180,17 @@ def run(
 
 def preset(bagel: Bagel, suite: Suite, plan: Plan) -> Bagel:
     """The model with a suite's published settings, and those that the plan asks for on top."""
-    task = "ask" if suite.reply == "text" else "edit"
-    options = {**suite.options, **(suite.think_options if plan.think else {}), **plan.options}
     settings = bagel.config.settings
-    tuned = bagel.using(adjusted(getattr(settings, task), options))
-    if suite.looks is None:
+    default = settings.ask if suite.reply == "text" else settings.edit
+    tuned = bagel.using(adjusted(default, _options(suite, plan)))
+    if suite.looks is None or suite.looks.stride != settings.vit_limits.stride:
         return tuned
     looks = replace(tuned.config.settings, vit_limits=suite.looks, vae_limits=AS_THEY_ARE)
     return tuned.with_settings(looks)
+
+
+def _options(suite: Suite, plan: Plan) -> dict[str, Any]:
+    return {**suite.options, **(suite.think_options if plan.think else {}), **plan.options}
 
 
 def _attempt(bagel: Bagel, suite: Suite, plan: Plan, sample: Sample) -> Request[Any]:
@@ -193,7 +198,8 @@ def _attempt(bagel: Bagel, suite: Suite, plan: Plan, sample: Sample) -> Request[
     try:
         if sample.problem:
             raise ValueError(sample.problem)
-        parts = [open_picture(part) if isinstance(part, Path) else part for part in sample.parts]
+        with retold("broken picture: {error}", ValueError):
+            parts = [open_picture(part) if isinstance(part, Path) else part for part in sample.parts]
         return (
             yield from bagel.chat_request(
                 parts, reply=suite.reply, size=sample.size, seed=sample.seed, think=plan.think
@@ -221,7 +227,12 @@ def _kept(sample: Sample, value: Answer | Image.Image | ValueError, outputs: Pat
 def _verdict(suite: Suite, sample: Sample, made: Made, desk: Desk) -> Verdict:
     if made.problem:
         return Verdict(id=sample.id, group=sample.group, problem=made.problem)
-    return suite.score(sample, made, desk)
+    try:
+        return suite.score(sample, made, desk)
+    except Absent:
+        raise
+    except ValueError as error:
+        return Verdict(id=sample.id, group=sample.group, problem=f"broken: {error}")
 
 
 # the folder of a run --------------------------------------------------------------------------------------
@@ -266,7 +277,7 @@ def _told(
         "samples": len(samples),
         "data": asked.hexdigest(),
         "think": plan.think,
-        "options": {**suite.options, **plan.options},
+        "options": _options(suite, plan),
         "judge": to_json(judge.endpoint) if judge else None,
         "versions": {
             "openbagel": openbagel.__version__,
@@ -298,17 +309,19 @@ def mean(verdicts: Sequence[Verdict], score: str, group: str | None = None) -> f
 
 
 def summarised(suite: Suite, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Each value with its 95 % interval, a bootstrap over the samples of each group, and what went wrong."""
+    """Each value with its 95 % interval, a bootstrap over the units of each group, and what went wrong."""
     scored = sorted((v for v in verdicts if v.scores), key=lambda v: v.id)
-    groups: dict[str, list[Verdict]] = {}
+    groups: dict[str, dict[str, list[Verdict]]] = {}
     for verdict in scored:
-        groups.setdefault(verdict.group, []).append(verdict)
+        groups.setdefault(verdict.group, {}).setdefault(suite.unit(verdict), []).append(verdict)
     rng, values = random.Random(0), suite.summary(scored)
+    values = {name: value for name, value in values.items() if not math.isnan(value)}
     draws: dict[str, list[float]] = {name: [] for name in values}
     for _ in range(RESAMPLES):
-        again = [one for some in groups.values() for one in rng.choices(some, k=len(some))]
-        for name, value in suite.summary(again).items():
-            draws[name].append(value)
+        drawn = [rng.choices(list(units.values()), k=len(units)) for units in groups.values()]
+        again = suite.summary([verdict for some in drawn for unit in some for verdict in unit])
+        for name in values:
+            draws[name].append(again.get(name, math.nan))
     told = {}
     for name, value in values.items():
         ordered = sorted(x for x in draws[name] if not math.isnan(x))

@@ -30,6 +30,10 @@ T = TypeVar("T", bound=Hashable)
 RETRIED = {408, 409, 429, 500, 502, 503, 504}
 
 
+class Absent(ValueError):
+    """A judge that does not answer, for whatever reason: the run has to stop, and may go on later."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """Who judges. key_variable: the environment variable that holds the key, if one is needed.
@@ -80,7 +84,7 @@ class Judge:
     _next: float = 0.0
 
     def ask(self, question: str, pictures: Sequence[Image.Image] = (), *, vote: int = 0) -> Reply:
-        """One reply. ValueError when the endpoint refuses, stays away or the money is spent."""
+        """One reply. `Absent` when the endpoint refuses, stays away or the money is spent."""
         pngs = [_png(picture) for picture in pictures]
         told = [self.endpoint.model, self.endpoint.temperature, self.endpoint.max_tokens, vote, question]
         digest = hashlib.sha256(json.dumps(told).encode())
@@ -130,7 +134,7 @@ class Judge:
             tokens = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
             text = str(answer["choices"][0]["message"]["content"] or "")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"the judge's answer has another shape than OpenAI's ({error})") from None
+            raise Absent(f"the judge's answer has another shape than OpenAI's ({error})") from None
         with self._lock:
             price = self.endpoint.price
             self.cost += sum(count * each / 1e6 for count, each in zip(tokens, price, strict=True))
@@ -156,14 +160,14 @@ class Judge:
                 problem = str(error) or type(error).__name__
             if attempt + 1 < self.endpoint.attempts:
                 self.wait(min(pause, 60.0))
-        raise ValueError(f"the judge at {self.endpoint.url} does not answer: {problem}; run again to go on")
+        raise Absent(f"the judge at {self.endpoint.url} does not answer: {problem}; run again to go on")
 
     def _take_turn(self) -> None:
-        """Waits until a call may be made. ValueError when the money is spent."""
+        """Waits until a call may be made."""
         with self._lock:
             if self.cost >= self.endpoint.most_cost:
                 spent = f"{self.cost:.2f} of {self.endpoint.most_cost:.2f}"
-                raise ValueError(f"the judge's budget is spent ({spent}); raise it and run again to go on")
+                raise Absent(f"the judge's budget is spent ({spent}); raise it and run again to go on")
             now = time.monotonic()
             pause = max(0.0, self._next - now)
             self._next = max(now, self._next) + 60.0 / self.endpoint.per_minute

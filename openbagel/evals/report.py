@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from openbagel.evals.base import Made, Sample, Suite, Verdict, read_lines
+from openbagel.evals.base import Made, Plan, Sample, Suite, Verdict, read_lines
 from openbagel.evals.page import filled
 from openbagel.files import read_json
 
@@ -67,8 +67,9 @@ def _apart(folders: Sequence[Path]) -> list[str]:
     return lines
 
 
-def run_page(suite: Suite, samples: Sequence[Sample], folder: Path) -> str:
+def run_page(suite: Suite, plan: Plan) -> str:
     """Every sample of a run: what was given, made and said of it; pictures stay where they are."""
+    folder, samples = plan.folder, list(suite.samples(plan.data))
     made = read_lines(folder.glob("made-*.jsonl"), Made)
     verdicts = read_lines(folder.glob("verdicts-*.jsonl"), Verdict)
     shown = [(s, made[s.id], verdicts[s.id]) for s in samples if s.id in verdicts]

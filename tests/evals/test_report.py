@@ -75,7 +75,7 @@ def test_the_page_shows_everything_and_runs_nothing(folders: list[Path], tmp_pat
     (photo := tmp_path / "photo.png").touch()
     one = suite(0.0)
     samples = [replace(sample, parts=(photo, *sample.parts)) for sample in one.samples(tmp_path)]
-    page = run_page(one, samples, folders[0])
+    page = run_page(replace(one, samples=lambda data: samples), Plan(data=tmp_path, folder=folders[0]))
     assert page.count("<article") == 6 and page.count('class="wrong photo"') == 1
     assert "&lt;i&gt;3&lt;/i&gt;" in page and "<i>" not in page and "&lt;b&gt;8&lt;/b&gt;" in page
     assert "wise, 2026-01-01" in page and "so &amp; so" in page and 'src="../photo.png"' in page

@@ -1,0 +1,28 @@
+"""All benchmarks by name."""
+
+from openbagel.evals import geneval, pictures, understanding
+from openbagel.evals.base import Suite
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        geneval.GENEVAL,
+        geneval.GENEVAL_REWRITTEN,
+        pictures.WISE,
+        pictures.GEDIT_EN,
+        pictures.GEDIT_CN,
+        pictures.IMGEDIT,
+        pictures.KRIS,
+        pictures.RISE,
+        pictures.INTELLIGENT,
+        understanding.MME,
+        understanding.POPE,
+        *understanding.MMBENCH,
+        understanding.MMVP,
+        understanding.MMMU,
+        understanding.MMMU_COT,
+        understanding.MMVET,
+        understanding.MATHVISTA,
+        *understanding.VQA,
+    )
+}

@@ -1,0 +1,64 @@
+"""Verbs that serve a model to others."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openbagel.checks import extra
+from openbagel.config import from_json
+from openbagel.verbs.options import ModelOptions, option, setting_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(ModelOptions):
+    """answer OpenAI's clients over HTTP, with a web page at /ui"""
+
+    host: str = option("the address to listen on", "127.0.0.1")
+    port: int = option("0 takes a free one", 8000)
+    api_key: list[str] | None = option(
+        "a key that clients must send; may be repeated; also OPENBAGEL_API_KEY", action="append"
+    )
+    insecure: bool = option("listen on a public address without a key", False)
+    no_ui: bool = option("leave out the web page", False)
+    limits: list[tuple[str, Any]] | None = option(
+        "fields of ServerLimits, as /v1/limits shows them", nargs="+", type=setting_of, metavar="KEY=VALUE"
+    )
+
+    def run(self) -> None:
+        extra("fastapi", "serve", "serving")
+        from openbagel.serve import api
+        from openbagel.serve.limits import ServerLimits
+        from openbagel.serve.service import Service
+
+        keys = self.api_key or os.environ.get("OPENBAGEL_API_KEY", "").split()
+        api.check_public(self.host, keys, self.insecure)
+        limits = from_json(ServerLimits, dict(self.limits or ()), "--limits")
+        name = Path(self.model).name if Path(self.model).is_dir() else self.model
+        service = Service(self.load(), limits, name=name)
+        app = api.create_app(service, keys=keys, page=not self.no_ui)
+        api.Server(app, service, self.host, self.port).run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ui(ModelOptions):
+    """open a web page: chat, draw, edit, ask, film"""
+
+    model: str = option("as everywhere; the official name works too", "nano", aliases=("--model_path",))
+    server_name: str = option("the address to listen on", "127.0.0.1", aliases=("--server_name",))
+    server_port: int = option("its port", 7860, aliases=("--server_port",))
+    share: bool = option("a public link through Gradio's servers, behind a password", False)
+    password: str | None = option("asked for, with any name; made where others can reach the page")
+
+    def run(self) -> None:
+        extra("gradio", "ui", "the web page")
+        from openbagel.serve import web
+        from openbagel.serve.limits import ServerLimits
+        from openbagel.serve.service import Service
+
+        name = Path(self.model).name if Path(self.model).is_dir() else self.model
+        service = Service(self.load(), ServerLimits(), name=name)
+        where = {"server_name": self.server_name, "server_port": self.server_port, "share": self.share}
+        blocks, password = web.launch(service, password=self.password, **where)
+        print(blocks.share_url or blocks.local_url, f"password: {password}" * bool(password), flush=True)
+        blocks.block_thread()
