@@ -105,12 +105,17 @@ class Scheduler:
             self.waiting.setdefault(job.key, deque()).append(job)
             self.changed.notify()
 
+    @property
+    def num_waiting(self) -> int:
+        with self.changed:
+            return sum(map(len, self.waiting.values()))
+
     def check(self, key: str, open: Counter[str] | None = None) -> None:
-        """Raises `Full` where too many jobs wait, in all or of a key. open: how many each key has that wait, run
-        or are on their way here, for a caller that asks before it takes one in.
+        """Raises `Full` where too many jobs wait, in all or of a key. open: how many each key has that wait,
+        run or are on their way here, for a caller that asks before it takes one in.
         """
         with self.changed:
-            waiting, of_key = sum(map(len, self.waiting.values())), len(self.waiting.get(key, ()))
+            waiting, of_key = self.num_waiting, len(self.waiting.get(key, ()))
             if open is not None:
                 waiting = max(waiting, open.total() - self.load.running)
                 of_key = max(of_key, open[key] - self.load.running)

@@ -35,13 +35,13 @@ def confine(memory: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def answer(data: bytes, formats: list[str], pixels: int, side: int) -> bytes:
+def answer(data: bytes, formats: list[str], pixels: int, side: int) -> tuple[bytes, bytes]:
     try:
         picture = open_picture(data, formats=formats, max_pixels=pixels, max_side=side, upright=True)
-        return HEAD.pack(*picture.size) + picture.tobytes()
+        return HEAD.pack(*picture.size), picture.tobytes()
     except ValueError as error:
         line = " ".join(str(error).split()).encode("ascii", "replace")[:400]
-        return HEAD.pack(0, len(line)) + line
+        return HEAD.pack(0, len(line)), line
 
 
 def main() -> None:
@@ -49,13 +49,13 @@ def main() -> None:
     Image.init()  # every format's module, before memory is capped
     PngImagePlugin.MAX_TEXT_MEMORY = 4 * PngImagePlugin.MAX_TEXT_CHUNK
     confine(memory)
-    reply = READY
+    reply: tuple[bytes, ...] = ()
     while True:
-        sys.stdout.buffer.write(reply)
+        sys.stdout.buffer.writelines((*reply, READY))
         sys.stdout.buffer.flush()
         if len(head := sys.stdin.buffer.read(8)) < 8:
             return
-        reply = answer(sys.stdin.buffer.read(int.from_bytes(head)), *limits) + READY
+        reply = answer(sys.stdin.buffer.read(int.from_bytes(head)), *limits)
 
 
 if __name__ == "__main__":

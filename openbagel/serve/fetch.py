@@ -40,10 +40,15 @@ def _allowed(url: str, limits: ServerLimits) -> httpx.URL:
         raise ValueError(f"pictures behind URLs are not fetched; {REMEDY}")
     with retold(f"the picture's URL cannot be understood; {REMEDY}", httpx.InvalidURL, ValueError):
         target = httpx.URL(url)
-    hosts = {_place(httpx.URL(f"https://{host}")) for host in limits.url_hosts}
-    if target.scheme != "https" or target.userinfo or _place(target) not in hosts:
+    if target.scheme != "https" or target.userinfo or _place(target) not in places(limits):
         raise ValueError(f"the picture's URL is not https on a host that may be fetched from; {REMEDY}")
     return target
+
+
+def places(limits: ServerLimits) -> set[tuple[str, int]]:
+    """Hosts and ports that may be fetched from; ValueError for an entry that is none."""
+    with retold("url_hosts {error}; write hosts such as example.com or example.com:8443", httpx.InvalidURL):
+        return {_place(httpx.URL(f"https://{host}")) for host in limits.url_hosts}
 
 
 def _place(url: httpx.URL) -> tuple[str, int]:

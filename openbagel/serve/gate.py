@@ -15,7 +15,7 @@ from PIL import Image
 
 from openbagel.checks import retold
 from openbagel.serve.decode import HEAD
-from openbagel.serve.fetch import fetch
+from openbagel.serve.fetch import fetch, places
 from openbagel.serve.limits import ServerLimits
 
 START_SECONDS = 60.0
@@ -29,6 +29,7 @@ class Gate:
     """
 
     def __init__(self, limits: ServerLimits) -> None:
+        places(limits)  # refuses now what would fail with the first picture
         self.limits = limits
         self.killed = 0
         """Workers that a picture, a leaving caller or the end cost."""

@@ -356,3 +356,8 @@ def test_lookups_that_fail_or_hang(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "resolve", resolve)
         with pytest.raises(ValueError, match=r"^the picture's URL cannot be read; send the picture itself$"):
             asyncio.run(fetch(f"https://{NAME}/", limits))
+
+
+def test_a_server_does_not_start_with_hosts_that_are_none() -> None:
+    with pytest.raises(ValueError, match="url_hosts .*write hosts such as example.com"):
+        Gate(ServerLimits(url_hosts=("0177.0.0.1",)))
