@@ -44,8 +44,9 @@ RESAMPLES = 400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One thing to be made. parts: texts, and paths of pictures, in order. file: where a picture made of it
-    goes below outputs/, as the benchmark's own scorers have it. truth: what the verdict needs.
+    """One thing to be made. parts: texts, and paths of pictures, in order. frames: how many are filmed. file:
+    where a picture made of it goes below outputs/, as the benchmark's own scorers have it; of a clip the
+    folder. truth: what the verdict needs.
 
     problem: why it cannot be asked (a picture that is missing, a broken line); it is counted.
     """
@@ -55,6 +56,7 @@ class Sample:
     group: str = ""
     seed: int = 0
     size: tuple[int, int] | None = None
+    frames: int = 0
     file: str = ""
     truth: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
@@ -62,7 +64,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """What the model made: a text, or a picture's file below outputs/. asked: SHA-256 of what was given."""
+    """What the model made: a text, or the file below outputs/ of a picture, the folder of a clip. asked:
+    SHA-256 of what was given.
+    """
 
     id: str
     text: str = ""
@@ -95,6 +99,9 @@ class Desk:
     def picture(self, made: Made) -> Image.Image:
         return open_picture(self.outputs / made.file)
 
+    def frames(self, made: Made) -> list[Image.Image]:
+        return [open_picture(path) for path in sorted((self.outputs / made.file).iterdir())]
+
 
 Summary = Callable[[Sequence[Verdict]], dict[str, float]]
 
@@ -115,7 +122,7 @@ class Suite:
     samples: Callable[[Path], Iterable[Sample]]
     score: Callable[[Sample, Made, Desk], Verdict]
     summary: Summary
-    reply: Literal["text", "image"] = "text"
+    reply: Literal["text", "image", "film"] = "text"
     options: Mapping[str, Any] = field(default_factory=dict)
     think_options: Mapping[str, Any] = field(default_factory=dict)
     looks: ImageLimits | None = None
@@ -200,6 +207,10 @@ def _attempt(bagel: Bagel, suite: Suite, plan: Plan, sample: Sample) -> Request[
             raise ValueError(sample.problem)
         with retold("broken picture: {error}", ValueError):
             parts = [open_picture(part) if isinstance(part, Path) else part for part in sample.parts]
+        if suite.reply == "film":
+            sampling = bagel.config.settings.edit
+            options = {"num_frames": sample.frames, "size": sample.size, "seed": sample.seed}
+            return (yield from bagel.film_request(parts, sampling=sampling, **options))
         return (
             yield from bagel.chat_request(
                 parts, reply=suite.reply, size=sample.size, seed=sample.seed, think=plan.think
@@ -209,8 +220,8 @@ def _attempt(bagel: Bagel, suite: Suite, plan: Plan, sample: Sample) -> Request[
         return error
 
 
-def _kept(sample: Sample, value: Answer | Image.Image | ValueError, outputs: Path) -> Made:
-    """A line for what was made, a picture in its file first."""
+def _kept(sample: Sample, value: Any, outputs: Path) -> Made:
+    """A line for what was made (an answer, a picture, frames, or a ValueError), pictures in files first."""
     if isinstance(value, ValueError):
         return Made(id=sample.id, problem=str(value))
     asked = hashlib.sha256()
@@ -219,6 +230,10 @@ def _kept(sample: Sample, value: Answer | Image.Image | ValueError, outputs: Pat
     known = {"id": sample.id, "asked": asked.hexdigest()}
     if isinstance(value, Answer):
         return Made(text=str(value), thought=value.thought, **known)
+    if isinstance(value, list):
+        for number, frame in enumerate(value):
+            save_picture(frame, outputs / (sample.file or sample.id) / f"{number:03}.png")
+        return Made(file=sample.file or sample.id, **known)
     file = sample.file or f"{sample.id}.png"
     save_picture(value, outputs / file)
     return Made(file=file, thought=value.info.get("thought"), **known)

@@ -6,13 +6,19 @@ run, and no code of such a file is.
 """
 
 import ast
+import hashlib
+import io
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from openbagel.checks import check_choice, retold
 from openbagel.config import read_yaml
@@ -173,6 +179,25 @@ def samples_of(places: Iterable[tuple[str, Any]], make: Callable[[Any], Sample])
         except ValueError as error:
             sample = replace(sample, problem=f"broken picture: {error}")
         yield sample
+
+
+def unpacked(data: Path, content: bytes, *, double: bool = False) -> Path:
+    """The file of a picture that stood inside another file, named for what is in it: below the data, or, when
+    that cannot be written, in the temporary folder. double: twice as wide and as high.
+    """
+    place = data / ".unpacked" if os.access(data, os.W_OK) else Path(tempfile.gettempdir()) / "openbagel"
+    path = place / f"{hashlib.sha256(content).hexdigest()}{'-2' if double else ''}"
+    if not path.is_file():
+        place.mkdir(exist_ok=True)
+        if double:
+            picture, file = open_picture(content), io.BytesIO()
+            larger = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.BILINEAR)
+            larger.save(file, "PNG", compress_level=1)
+            content = file.getvalue()
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(content)
+        part.replace(path)
+    return path
 
 
 # replies and scores -----------------------------------------------------------------------------------------

@@ -83,7 +83,9 @@ def run_page(suite: Suite, plan: Plan) -> str:
 
 def _article(folder: Path, sample: Sample, made: Made, verdict: Verdict) -> str:
     scores = ", ".join(f"{name} {value:g}" for name, value in verdict.scores.items())
-    drawn = _shown(folder / "outputs" / made.file, folder) if made.file else escape(made.text)
+    file = folder / "outputs" / made.file
+    files = sorted(file.iterdir()) if file.is_dir() else [file]
+    drawn = "".join(_shown(one, folder) for one in files) if made.file else escape(made.text)
     notes = [f"thought: {made.thought}"] if made.thought else []
     notes += [f"{reply.judge}, {reply.date}: {reply.text}" for reply in verdict.replies]
     blocks = [

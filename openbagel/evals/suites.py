@@ -1,6 +1,6 @@
 """All benchmarks by name."""
 
-from openbagel.evals import geneval, pictures, understanding
+from openbagel.evals import clips, geneval, pictures, understanding
 from openbagel.evals.base import Suite
 
 SUITES: dict[str, Suite] = {
@@ -24,5 +24,7 @@ SUITES: dict[str, Suite] = {
         understanding.MMVET,
         understanding.MATHVISTA,
         *understanding.VQA,
+        clips.VIDEO_QA,
+        clips.NEXT_FRAMES,
     )
 }

@@ -9,20 +9,14 @@ the start marker. Where a server judges, a file is written in the form that it t
 import ast
 import base64
 import csv
-import hashlib
-import io
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from openbagel.checks import retold
 from openbagel.config import read_yaml
@@ -30,11 +24,10 @@ from openbagel.data.sources import ParquetSource
 from openbagel.evals import answers
 from openbagel.evals.base import Desk, Made, Sample, Suite, Summary, Verdict, mean
 from openbagel.evals.judges import Reply
-from openbagel.evals.questions import instructions, rows, samples_of
+from openbagel.evals.questions import instructions, rows, samples_of, unpacked
 from openbagel.evals.sheet import write_sheet
 from openbagel.images import ImageLimits
 from openbagel.inference.text import split_thought
-from openbagel.picture_files import open_picture
 from openbagel.tokens import THINK_BEFORE_ANSWERING
 
 Row = dict[str, Any]
@@ -103,25 +96,6 @@ def _parquet(path: Path) -> Iterator[Callable[[], Any]]:
     return (partial(source.row, at) for at in range(source.starts[-1]))
 
 
-def _unpacked(data: Path, content: bytes, *, double: bool = False) -> Path:
-    """The file of a picture that stood inside another file, named for what is in it: below the data, or, when
-    that cannot be written, in the temporary folder. double: twice as wide and as high.
-    """
-    place = data / ".unpacked" if os.access(data, os.W_OK) else Path(tempfile.gettempdir()) / "openbagel"
-    path = place / f"{hashlib.sha256(content).hexdigest()}{'-2' if double else ''}"
-    if not path.is_file():
-        place.mkdir(exist_ok=True)
-        if double:
-            picture, file = open_picture(content), io.BytesIO()
-            larger = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.BILINEAR)
-            larger.save(file, "PNG", compress_level=1)
-            content = file.getvalue()
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(content)
-        part.replace(path)
-    return path
-
-
 def _choices(options: dict[str, str]) -> str:
     return "\n".join(f"{key}. {option}" for key, option in options.items())
 
@@ -152,14 +126,17 @@ def _unread(sample: Sample, replies: Sequence[Reply]) -> Verdict:
     return Verdict(id=sample.id, group=sample.group, problem=problem, replies=tuple(replies))
 
 
+def _unit(verdict: Verdict) -> str:
+    """What counts together: the id before its last slash."""
+    return verdict.id.rpartition("/")[0]
+
+
 def _together(verdicts: Sequence[Verdict]) -> float:
-    """The share of units (the ids before their last slash) that are all right, in percent; each counts as
-    often as it was drawn.
-    """
+    """The share of units that are all right, in percent; each counts as often as it was drawn."""
     units: dict[str, dict[str, float]] = {}
     for verdict in verdicts:
-        units.setdefault(verdict.id.rpartition("/")[0], {})[verdict.id] = verdict.scores["right"]
-    drawn = [units[verdict.id.rpartition("/")[0]] for verdict in verdicts]
+        units.setdefault(_unit(verdict), {})[verdict.id] = verdict.scores["right"]
+    drawn = [units[_unit(verdict)] for verdict in verdicts]
     right = sum(1 / len(unit) for unit in drawn if all(unit.values()))
     return 100 * right / sum(1 / len(unit) for unit in drawn) if drawn else math.nan
 
@@ -209,7 +186,7 @@ def _mme_sums(verdicts: Sequence[Verdict]) -> dict[str, float]:
     return {**total, **whole, "unread": 100 * mean(verdicts, "unread"), **told}
 
 
-MME = _suite("mme", _lines, _mme, _ruled(answers.yes_or_no), _mme_sums)
+MME = replace(_suite("mme", _lines, _mme, _ruled(answers.yes_or_no), _mme_sums), unit=_unit)
 
 
 def _pope(data: Path, path: Path, row: tuple[int, str]) -> Sample:
@@ -253,7 +230,7 @@ def _mmbench(data: Path, path: Path, row: Row) -> Sample:
     asked = [row.get("hint"), row["question"], _choices(options), instruction]
     return Sample(
         id=f"{index % TURN}/{index}",
-        parts=(_unpacked(data, base64.b64decode(row["image"])), "\n".join(filter(None, asked))),
+        parts=(unpacked(data, base64.b64decode(row["image"])), "\n".join(filter(None, asked))),
         group=row.get("category") or "",
         truth={"answer": answer, "options": options, "row": row},
     )
@@ -275,7 +252,7 @@ def _mmbench_file(pairs: Sequence[tuple[Sample, Made]], folder: Path) -> Path:
 
 _SHARES = partial(_means, together="circular")
 MMBENCH = tuple(
-    replace(_suite(name, _table, _mmbench, _ruled(_by_letter), _SHARES), submission=_mmbench_file)
+    replace(_suite(name, _table, _mmbench, _ruled(_by_letter), _SHARES), unit=_unit, submission=_mmbench_file)
     for name in FACTS["suites"]
     if name.startswith("mmbench")
 )
@@ -291,7 +268,8 @@ def _mmvp(data: Path, path: Path, row: Row) -> Sample:
     return Sample(id=f"{(index + 1) // 2}/{index}", parts=parts, truth=truth)
 
 
-MMVP = _suite("mmvp", _table, _mmvp, _ruled(_by_letter), partial(_means, together="pairs"))
+_PAIRS = partial(_means, together="pairs")
+MMVP = replace(_suite("mmvp", _table, _mmvp, _ruled(_by_letter), _PAIRS), unit=_unit)
 
 # MMMU -------------------------------------------------------------------------------------------------------
 
@@ -305,7 +283,7 @@ def _mmmu(data: Path, path: Path, row: Row, *, cot: bool) -> Sample:
         question = f"Question: {question} Options: {listed} " if cot else f"{question}\n{listed}"
     before = THINK_BEFORE_ANSWERING.replace("\n", "") + "." if cot else ""
     shown = [(n, row[f"image_{n}"]) for n in range(1, 8)]
-    parts = [_unpacked(data, picture["bytes"], double=n == 1) for n, picture in shown if picture]
+    parts = [unpacked(data, picture["bytes"], double=n == 1) for n, picture in shown if picture]
     right = _listed(row["answer"]) if row["answer"].startswith("[") and not options else [row["answer"]]
     truth = {"answer": right, "options": options, "cot": cot}
     parts = (*parts, f"{before}{question}\n{told}")
@@ -373,7 +351,7 @@ MMVET = replace(_suite("mm-vet", _entries, _mmvet, _mmvet_score, _means), submis
 
 def _mathvista(data: Path, path: Path, row: Row) -> Sample:
     demo = instructions(data / "prompts" / "ext_ans.py")["demo_prompt"]
-    picture = _unpacked(data, row.pop("decoded_image")["bytes"])
+    picture = unpacked(data, row.pop("decoded_image")["bytes"])
     truth = {**row, "judged": f"{demo.strip()}\n\n{row['query']}\n\n"}
     return Sample(id=row["pid"], parts=(picture, row["query"]), group=row["metadata"]["task"], truth=truth)
 
