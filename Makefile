@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 PYTHON ?=
+JOBS ?= 2
 TORCH_INDEX ?=
 export TORCH_INDEX
 
@@ -14,6 +15,7 @@ help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  PYTHON=python3.12    the interpreter to build $(VENV) with (default: 3.13, 3.12, 3.11 or python3)"
+	@echo "  JOBS=2               processes that run the quick tests"
 	@echo "  TORCH_INDEX=URL      where torch comes from (default: wherever pip looks); for PyTorch's CPU builds:"
 	@echo "                       make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 
@@ -25,7 +27,7 @@ venv: $(VENV)/.dev  ## set up .venv with everything a developer needs
 
 test: lint  ## lint, types and the quick tests
 	@echo "== quick tests"
-	@$(BIN)/python -m pytest -q --durations=10 -m "not slow"
+	@$(BIN)/python -m pytest -q --durations=10 -n $(JOBS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	@echo "== slow tests"
