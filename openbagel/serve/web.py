@@ -159,26 +159,32 @@ class Page(Bench):
         with gr.Row():
             with gr.Column():
                 options: dict[str, Any] = {"sources": ("upload", "clipboard"), "format": "png", "height": 400}
-                self.photo = self.put(gr.Image, "photo", type="filepath", buttons=[], **options)
+                options |= {"show_label": False}
+                with gr.Column() as self.whole:
+                    self.photo = gr.Image(type="filepath", buttons=[], **options)
                 brush = gr.Brush(default_size="auto", colors=[BRUSH], default_color=BRUSH, color_mode="fixed")
-                options |= {"layers": False, "transforms": (), "brush": brush, "visible": False}
-                self.canvas = self.put(gr.ImageEditor, "canvas", **options)
+                options |= {"layers": False, "transforms": (), "brush": brush}
+                with gr.Column(visible=False) as self.part:
+                    self.canvas = gr.ImageEditor(**options)
                 self.region = self.put(gr.Checkbox, "region")
                 self.instruction = self.box("instruction")
             with gr.Column():
                 options = {"format": "png", "height": 400, "buttons": []}
                 self.slider = self.put(gr.ImageSlider, "before_after", **options)
+        # Gradio would decode what is sent. It makes components anew when an update changes more than their
+        # value, so these two have no words of their own, and it is columns that come and go.
         self.photo.preprocess = lambda payload: payload and payload.path
         self.canvas.preprocess = partial(_as_sent, self.canvas.blob_storage)
-        self.region.input(self.painted, [self.region, self.photo], [self.photo, self.canvas], **HIDDEN)
+        outputs = [self.whole, self.part, self.canvas]
+        self.region.input(self.painted, [self.region, self.photo], outputs, **HIDDEN)
         inputs = {self.photo, self.region, self.canvas, self.instruction}
         self.on(self.instruction.submit, self.edit, inputs, [self.slider], self.instruction)
 
-    async def painted(self, region: bool, photo: str | None) -> tuple[Any, Any]:
+    async def painted(self, region: bool, photo: str | None) -> tuple[Any, ...]:
         """Brings the picture to the editor, which browsers without a graphics card are slow with, or back."""
         background = await self.opened(photo) if region and photo else None
         value = {"background": background, "layers": [], "composite": None} if background else None
-        return gr.update(visible=not region), gr.update(visible=region, value=value)
+        return gr.update(visible=not region), gr.update(visible=region), value
 
     async def edit(self, wish: Wish) -> tuple[list[Begin], Show]:
         """Outside of what is painted a picture stays as it is, pixel for pixel."""

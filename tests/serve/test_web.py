@@ -30,7 +30,12 @@ from openbagel.serve import web  # noqa: E402
 
 CHROMIUM = Path(shutil.which("chromium") or "/usr/bin/chromium")
 QUIET = ("gpu", "quic", "background-networking", "component-update", "sync")
-FLAGS = ["--no-sandbox", "--no-first-run", *(f"--disable-{one}" for one in QUIET)]
+FLAGS = [
+    "--no-sandbox",
+    "--no-first-run",
+    "--enable-unsafe-swiftshader",
+    *(f"--disable-{one}" for one in QUIET),
+]
 SLOWEST = 60_000
 needs_browser = pytest.mark.skipif(
     not CHROMIUM.exists() and not os.environ.get("OPENBAGEL_REQUIRE_BROWSER"), reason="there is no Chromium"
@@ -261,6 +266,42 @@ def test_edits_a_dropped_picture(screen: Screen, red: Path) -> None:
     first, second = screen.pictures(".slider-wrap")
     with Image.open(red) as sent:
         assert sent.tobytes() in (first.tobytes(), second.tobytes()) and first.tobytes() != second.tobytes()
+
+
+@needs_browser
+@pytest.mark.slow  # the editor asks for a graphics card
+def test_edits_what_is_painted(browser: Any, address: str, tmp_path: Path) -> None:
+    Image.new("RGB", (256, 256), (40, 40, 40)).save(tmp_path / "large.png")
+    screen = Screen(browser, address, viewport={"width": 1280, "height": 1000})
+    screen.page.set_default_timeout(5 * SLOWEST)
+    screen.quick(4)
+    screen.tab("Edit")
+    screen.panel.locator("input[type=file]").first.set_input_files(tmp_path / "large.png")
+    screen.panel.locator(".image-frame img, [data-testid=detailed-image]").first.wait_for()
+    screen.panel.get_by_label("Change only a part").check()
+    place = screen.panel.locator("canvas").first
+    place.wait_for()
+    screen.page.wait_for_timeout(5000)
+    box = place.bounding_box()
+    assert box
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    screen.page.mouse.move(x - 20, y)
+    screen.page.mouse.down()
+    screen.page.mouse.move(x + 20, y, steps=4)
+    screen.page.mouse.up()
+    screen.page.wait_for_timeout(2000)
+    screen.send("make the ground white")
+    screen.wait(lambda: len(screen.pictures(".slider-wrap")) == 2, 240)
+    first, second = screen.pictures(".slider-wrap")
+    changed = ImageChops.difference(first, second).getbbox()
+    assert changed and 0 < changed[0] and 0 < changed[1] and changed[2] < 256 and changed[3] < 256
+    screen.page.close()
+
+
+def test_what_is_decoded_by_the_gate_alone_is_never_made_anew(service: Service) -> None:
+    """An update of more than a value would bring Gradio's own decoding back."""
+    page = web.Page(service)
+    assert not {page.photo, page.canvas} & {component for component, *_ in page.words}
 
 
 @needs_browser
