@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import milliseconds
-from openbagel import Bagel, cli, verbs
+from openbagel import Bagel, cli
 from openbagel.evals.world import SEED, Plan, evaluate
 from openbagel.flow import interpolate
 from openbagel.images import to_pixels
 from openbagel.inference.image import draw_noise
 from openbagel.inference.pipeline import seeded
 from openbagel.sequence import PackedSequence, Segment, Text, VaeImage
+from openbagel.verbs.models import FORMATS
 from openbagel.world.exercise import Draws, Said, Shown, Writes
 from openbagel.world.render import render_picture
 from openbagel.world.samples import world_named
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--packs", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=list(verbs.FORMATS), choices=verbs.FORMATS)
+    parser.add_argument("--only", nargs="+", default=list(FORMATS), choices=FORMATS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = ["float32", *(name for name in options.only if name != "float32")]

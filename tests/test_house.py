@@ -5,6 +5,7 @@ test_cli.py, the snippets of the documentation run in test_docs.py, the wheel is
 """
 
 import ast
+import importlib
 import io
 import os
 import re
@@ -314,3 +315,9 @@ def test_ci_runs_both_suites() -> None:
         "make test",
         "make test-slow",
     ]
+
+
+@pytest.mark.parametrize("path", python_files("benchmarks"), ids=lambda path: path.stem)
+def test_benchmarks_import(path: Path) -> None:
+    """They run by hand only; what they use must still be there."""
+    importlib.import_module(f"benchmarks.{path.stem}")
