@@ -149,12 +149,15 @@ def app(options: Options) -> serve.Application:
     n, one, summed = options.replicas, options.limits, ("queue", "key_queue", "running")
     limits = replace(one, **{name: n * getattr(one, name) for name in summed})
     replica: Any = serve.deployment(Replica, num_replicas=n, **_room(one, options.cpus, options.gpus))
-    ingress: Any = serve.deployment(serve.ingress()(Ingress), **_room(limits))
+    ingress: Any = serve.deployment(serve.ingress()(Ingress), **_room(limits, spare=1000))
     return ingress.bind(replica.bind(options), keys, limits)
 
 
-def _room(limits: ServerLimits, cpus: float = 0, gpus: float = 0) -> dict[str, Any]:
-    """Places of a deployment, a few of them beyond its limits: for what costs nothing, as `/health`."""
-    places, refused = limits.queue + limits.running + 16, BackpressureConfig(status_code=429, retry_after_s=1)
+def _room(limits: ServerLimits, cpus: float = 0, gpus: float = 0, *, spare: int = 16) -> dict[str, Any]:
+    """Places of a deployment, and spare ones for what costs nothing: `/health`, and at the ingress refusals,
+    which have OpenAI's shape only if they come from there and not from Ray.
+    """
+    places = limits.queue + limits.running + spare
+    refused = BackpressureConfig(status_code=429, retry_after_s=1)
     room = {"max_ongoing_requests": places, "max_queued_requests": places, "backpressure_config": refused}
     return room | {"ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus}}

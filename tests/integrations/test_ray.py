@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +54,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("tiny")
     save_checkpoint(folder, tiny.checkpoint())
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    with suppress(TimeoutError):  # Ray waits a minute for its proxy; on a busy machine it comes later
+        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     serve.run(app(Options(model=str(folder), name="tiny", replicas=2, limits=LIMITS, keys=["secret"])))
     yield f"http://127.0.0.1:{PORT}"
     left = processes()
