@@ -115,6 +115,13 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     picture.save(path, pnginfo=notes)  # other formats know no such option and leave it out
 
 
+def png(picture: Image.Image) -> bytes:
+    """A picture's bytes as a PNG file, without notes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def read_frames(path: Path) -> list[Image.Image]:
     """The RGB frames of a video or GIF file, or of a still picture; raises as `open_picture` does."""
     if path.suffix.lower() in VIDEOS:

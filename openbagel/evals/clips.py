@@ -3,7 +3,6 @@
 No benchmark's own files but two plain layouts that anything can be brought into; both are lines of JSON.
 """
 
-import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from openbagel.data.samples import video_frames
 from openbagel.evals import answers
 from openbagel.evals.base import Desk, Made, Sample, Suite, Verdict, mean
 from openbagel.evals.questions import rows, samples_of, unpacked
-from openbagel.picture_files import open_picture
+from openbagel.picture_files import open_picture, png
 
 SHOWN = 8
 """Frames of a video that are shown, evenly spread."""
@@ -38,9 +37,7 @@ def _frames(data: Path, row: dict[str, Any]) -> Iterable[Path]:
         return [data / name for name in row["frames"]]
     found: list[Path] = []
     for frame in video_frames(data / row["video"], _spread):
-        file = io.BytesIO()
-        frame.open().save(file, "PNG", compress_level=1)
-        found.append(unpacked(data, file.getvalue()))
+        found.append(unpacked(data, png(frame.open())))
     return found
 
 

@@ -5,7 +5,6 @@ A reply is kept in a file named for what was asked, so that asking the same agai
 
 import base64
 import hashlib
-import io
 import json
 import os
 import time
@@ -25,6 +24,7 @@ from PIL import Image
 from openbagel.checks import check_least
 from openbagel.config import from_json, to_json
 from openbagel.files import read_json, write_json
+from openbagel.picture_files import png
 
 T = TypeVar("T", bound=Hashable)
 RETRIED = {408, 409, 429, 500, 502, 503, 504}
@@ -85,15 +85,15 @@ class Judge:
 
     def ask(self, question: str, pictures: Sequence[Image.Image] = (), *, vote: int = 0) -> Reply:
         """One reply. `Absent` when the endpoint refuses, stays away or the money is spent."""
-        pngs = [_png(picture) for picture in pictures]
+        files = [png(picture.convert("RGB")) for picture in pictures]
         told = [self.endpoint.model, self.endpoint.temperature, self.endpoint.max_tokens, vote, question]
         digest = hashlib.sha256(json.dumps(told).encode())
-        for png in pngs:
-            digest.update(hashlib.sha256(png).digest())
+        for file in files:
+            digest.update(hashlib.sha256(file).digest())
         path = self.cache / f"{digest.hexdigest()}.json"
         if path.is_file():
             return from_json(Reply, read_json(path), str(path))
-        said, tokens = self._called(question, pngs, vote)
+        said, tokens = self._called(question, files, vote)
         asked = hashlib.sha256(question.encode()).hexdigest()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         reply = Reply(text=said, judge=self.endpoint.model, date=now, question=asked, tokens=tokens)
@@ -113,10 +113,10 @@ class Judge:
         read = [value for value in (parse(reply.text) for reply in replies) if value is not None]
         return (Counter(read).most_common(1)[0][0] if read else None), replies
 
-    def _called(self, question: str, pngs: list[bytes], vote: int) -> tuple[str, tuple[int, int]]:
+    def _called(self, question: str, files: list[bytes], vote: int) -> tuple[str, tuple[int, int]]:
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        for png in pngs:
-            url = "data:image/png;base64," + base64.b64encode(png).decode()
+        for file in files:
+            url = "data:image/png;base64," + base64.b64encode(file).decode()
             content.append({"type": "image_url", "image_url": {"url": url}})
         body = {
             "model": self.endpoint.model,
@@ -174,9 +174,3 @@ class Judge:
             self.calls += 1
         if pause:
             self.wait(pause)
-
-
-def _png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG")
-    return file.getvalue()

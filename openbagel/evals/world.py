@@ -21,11 +21,12 @@ from openbagel.checks import check_choice
 from openbagel.config import to_json
 from openbagel.inference.engine import Request
 from openbagel.inference.pipeline import Answer, Bagel
+from openbagel.picture_files import png
 from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Writes, views
 from openbagel.world.judge import judge, locate
 from openbagel.world.motion import score_clip, turned_frame
 from openbagel.world.render import render_picture
-from openbagel.world.rows import as_heard, png
+from openbagel.world.rows import as_heard
 from openbagel.world.samples import world_named
 from openbagel.world.scene import Scene, View, World
 from openbagel.world.tasks import TASKS, example

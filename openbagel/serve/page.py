@@ -160,8 +160,7 @@ class Bench:
             if (asked[name] or 0) > limit:
                 raise ValueError(f"{name} {asked[name]} is above this server's limit of {limit}")
         samplings = {task: adjusted(getattr(self.settings, task), asked) for task in ("draw", "edit", "ask")}
-        bagel = self.service.bagel.using()
-        bagel.config = replace(self.config, settings=replace(self.settings, **samplings))
+        bagel = self.service.bagel.with_settings(replace(self.settings, **samplings))
         seed = _read("seed", given[self.seed], 42)
         return Wish(given, bagel, secrets.randbelow(2**31) if seed is None else seed, bool(given[self.think]))
 

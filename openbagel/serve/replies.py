@@ -56,8 +56,8 @@ class Replies:
             options = body.sampling | {"max_tokens": body.budget}
             options["max_think_tokens"] = body.budget and body.budget * (task != "ask")
             changed[task] = adjusted(getattr(settings, task), options)
-        self.bagel = service.bagel.using()
-        self.config = self.bagel.config = replace(self.bagel.config, settings=replace(settings, **changed))
+        self.bagel = service.bagel.with_settings(replace(settings, **changed))
+        self.config = self.bagel.config
 
     async def pieces(self, index: int) -> AsyncGenerator[Text | Thought | Draft | Picture | Finish]:
         """Reply `index` as it is made, `Finish` last; a text ends before the first stop word."""

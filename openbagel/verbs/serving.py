@@ -3,11 +3,23 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openbagel.checks import extra
 from openbagel.config import from_json
 from openbagel.verbs.options import ModelOptions, option, setting_of
+
+if TYPE_CHECKING:
+    from openbagel.serve.limits import ServerLimits
+    from openbagel.serve.service import Service
+
+
+def serviced(options: ModelOptions, limits: "ServerLimits") -> "Service":
+    """The model behind a scheduler; clients call it by the id or the folder's name."""
+    from openbagel.serve.service import Service
+
+    name = Path(options.model).name if Path(options.model).is_dir() else options.model
+    return Service(options.load(), limits, name=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +41,11 @@ class Serve(ModelOptions):
         extra("fastapi", "serve", "serving")
         from openbagel.serve import api
         from openbagel.serve.limits import ServerLimits
-        from openbagel.serve.service import Service
 
         keys = self.api_key or os.environ.get("OPENBAGEL_API_KEY", "").split()
         api.check_public(self.host, keys, self.insecure)
         limits = from_json(ServerLimits, dict(self.limits or ()), "--limits")
-        name = Path(self.model).name if Path(self.model).is_dir() else self.model
-        service = Service(self.load(), limits, name=name)
+        service = serviced(self, limits)
         app = api.create_app(service, keys=keys, page=not self.no_ui)
         api.Server(app, service, self.host, self.port).run()
 
@@ -54,10 +64,8 @@ class Ui(ModelOptions):
         extra("gradio", "ui", "the web page")
         from openbagel.serve import web
         from openbagel.serve.limits import ServerLimits
-        from openbagel.serve.service import Service
 
-        name = Path(self.model).name if Path(self.model).is_dir() else self.model
-        service = Service(self.load(), ServerLimits(), name=name)
+        service = serviced(self, ServerLimits())
         where = {"server_name": self.server_name, "server_port": self.server_port, "share": self.share}
         blocks, password = web.launch(service, password=self.password, **where)
         print(blocks.share_url or blocks.local_url, f"password: {password}" * bool(password), flush=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from openbagel.data.convert import check_vacant, write_folder, write_jsonl, write_parquet, write_parquet_info
 from openbagel.data.tasks import Row
+from openbagel.picture_files import png
 from openbagel.world.exercise import Draws, Example, Said, Shown, Writes, views
 from openbagel.world.language import caption, layout
 from openbagel.world.render import render_picture
-from openbagel.world.rows import page, png, row, stored
+from openbagel.world.rows import page, row, stored
 from openbagel.world.scene import Colour, Ground, Scene, Shape, Size, Thing, World, nano_world
 from openbagel.world.tasks import TASKS, example
 

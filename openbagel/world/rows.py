@@ -6,7 +6,6 @@ thought before those  reasoning {…, thought}                 film    video_int
 turns, stories        web_interleaved {texts, images, learned}
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from PIL import Image
 
 from openbagel.data.samples import Picture
 from openbagel.data.tasks import Row
+from openbagel.picture_files import png
 from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Thinks, Writes, views
 from openbagel.world.render import render, render_picture, to_picture
 from openbagel.world.scene import View
@@ -102,9 +102,3 @@ def stored(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: stored(item) for name, item in value.items()}
     return [stored(item) for item in value] if isinstance(value, list) else value
-
-
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -11,25 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from openbagel.evals import base, pictures, questions
+from openbagel.evals import base, pictures, questions, suites
 from openbagel.evals.base import Desk, Made, Plan, Suite, Verdict
-from openbagel.evals.geneval import GENEVAL, GENEVAL_REWRITTEN
 from openbagel.evals.judges import Endpoint, Judge
 from openbagel.evals.questions import filled, instructions, named
 from tests import tiny
 from tests.evals.judge_server import judge_server
 
-SUITES = [
-    GENEVAL,
-    GENEVAL_REWRITTEN,
-    pictures.WISE,
-    pictures.GEDIT_EN,
-    pictures.GEDIT_CN,
-    pictures.IMGEDIT,
-    pictures.KRIS,
-    pictures.RISE,
-    pictures.INTELLIGENT,
-]
+SUITES = [suite for suite in suites.SUITES.values() if suite.reply == "image"]
 FEW = {"num_timesteps": 3, "max_think_tokens": 4}
 SIZES = {
     "kris": [50] * 4 + [75] + [50, 50] + [74] + [75, 50] + [68, 75, 75, 50, 50, 75] + [75, 75] + [75, 75]

@@ -19,24 +19,15 @@ from PIL import Image
 
 from openbagel import Bagel
 from openbagel.config import to_json
-from openbagel.evals import answers, base, understanding
+from openbagel.evals import answers, base, suites, understanding
 from openbagel.evals.base import Made, Plan, Sample, Suite, Verdict
+from openbagel.evals.clips import VIDEO_QA
 from openbagel.evals.judges import Endpoint, Judge
 from openbagel.images import ImageLimits
 from tests import tiny
 from tests.evals.judge_server import judge_server
 
-SUITES = (
-    understanding.MME,
-    understanding.POPE,
-    *understanding.MMBENCH,
-    understanding.MMVP,
-    understanding.MMMU,
-    understanding.MMMU_COT,
-    understanding.MMVET,
-    understanding.MATHVISTA,
-    *understanding.VQA,
-)
+SUITES = [suite for suite in suites.SUITES.values() if suite.reply == "text" and suite is not VIDEO_QA]
 BY_NAME = {suite.name: suite for suite in SUITES}
 
 
