@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.clock import milliseconds
 from openbagel import Bagel, cli
+from openbagel.evals.base import mean
 from openbagel.evals.world import SEED, Plan, evaluate
 from openbagel.flow import interpolate
 from openbagel.images import to_pixels
@@ -72,8 +73,8 @@ def errors(found: Tensor, right: Tensor) -> list[str]:
 
 
 def score(bagel: Bagel, samples: int) -> list[str]:
-    records = list(evaluate(bagel, Plan(kinds=KINDS, samples=samples)))
-    return [f"{sum(r.right for r in records if r.kind == kind) / samples:.0%}" for kind in KINDS]
+    verdicts = list(evaluate(bagel, Plan(kinds=KINDS, samples=samples)))
+    return [f"{mean(verdicts, 'right', kind):.0%}" for kind in KINDS]
 
 
 def load_all(folder: Path, names: list[str], device: str) -> Iterator[tuple[str, Bagel, int]]:

@@ -283,14 +283,14 @@ def web_interleaved(row: Row, setting: TaskSetting) -> list[Part]:
     row is only given. Texts may be dropped, or with `text_loss` are learned and stay; without it what follows
     the last picture is left out.
 
-    Optional: `learned`, a list that says of each place whether the model makes it. If it writes texts and
-    ends with a picture, that is seen clean too, and the end after it is learned.
+    Optional: `learned`, a list that says of each place whether the model makes it. A picture that it makes
+    last is seen clean too, and the end after it is learned.
     """
     items = _document(row, setting)
     writes = any(learned and isinstance(item, str) for item, learned in items)
     while items and not writes and isinstance(items[-1][0], str):
         items.pop()
-    ends = bool(writes and row.get("learned") and isinstance(items[-1][0], Picture))
+    ends = bool(row.get("learned") and items and items[-1][1] and isinstance(items[-1][0], Picture))
     parts: list[Part] = []
     for index, (item, learned) in enumerate(items, 1):
         if isinstance(item, str):

@@ -19,6 +19,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -31,6 +32,7 @@ from openbagel.checks import check_least, retold
 from openbagel.config import adjusted, from_json, to_json
 from openbagel.evals.judges import Absent, Judge, Reply
 from openbagel.files import read_json, write_json
+from openbagel.hub import find_model
 from openbagel.images import ImageLimits
 from openbagel.inference.engine import Request
 from openbagel.inference.pipeline import Answer, Bagel
@@ -63,17 +65,46 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
-    """What the model made: a text, or the file below outputs/ of a picture, the folder of a clip. asked:
-    SHA-256 of what was given.
-    """
+class Part:
+    """What a model made: a text, or the file below outputs/ of a picture, the folder of a clip."""
 
-    id: str
     text: str = ""
     file: str = ""
     thought: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """All that the model made of a sample, in order; most have one part. asked: SHA-256 of the sample's
+    parts.
+    """
+
+    id: str
+    parts: tuple[Part, ...] = (Part(),)
     asked: str = ""
     problem: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.parts[0].text
+
+    @property
+    def file(self) -> str:
+        return self.parts[0].file
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A part of a conversation as it went: a text, a picture (or its path), or a list of pictures.
+
+    right is None for what was given; what the model made stands beside one right answer, if one is known.
+    """
+
+    content: Any
+    truth: Any = None
+    right: bool | None = None
+    reason: str = ""
+    thought: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +131,21 @@ class Desk:
         return open_picture(self.outputs / made.file)
 
     def frames(self, made: Made) -> list[Image.Image]:
-        return [open_picture(path) for path in sorted((self.outputs / made.file).iterdir())]
+        return self._opened(made.parts[0])
+
+    def values(self, made: Made) -> list[Any]:
+        """Everything that was made as the model gave it: answers, pictures, lists of frames."""
+        return [self._opened(part) for part in made.parts]
+
+    def _opened(self, part: Part) -> Any:
+        path = self.outputs / part.file
+        if not part.file:
+            return Answer(part.text, part.thought)
+        if path.is_dir():
+            return [open_picture(frame) for frame in sorted(path.iterdir())]
+        picture = open_picture(path)
+        picture.info["thought"] = part.thought
+        return picture
 
 
 Summary = Callable[[Sequence[Verdict]], dict[str, float]]
@@ -114,6 +159,10 @@ class Suite:
     ViT of this stride, else as the model has it. unit: verdicts of one unit hang together, such as two
     questions that count when both are right. published: rows of the literature, for comparison. submission:
     writes what a benchmark's own server or scorer takes, and says where.
+
+    converse: a request for everything that a model makes of a sample (thinking or not), where that is not
+    one reply to the sample's parts; turns: how it went, to look at; plan: what else the samples depend on.
+    spread: the 95 % interval of each value, else a bootstrap finds it.
     """
 
     name: str
@@ -130,6 +179,10 @@ class Suite:
     unit: Callable[[Verdict], str] = lambda verdict: verdict.id
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     submission: Callable[[Sequence[tuple[Sample, Made]], Path], Path] | None = None
+    converse: Callable[[Bagel, Sample, bool], Request[list[Any]]] | None = None
+    turns: Callable[[Sample, Made, Desk], list[Turn]] | None = None
+    plan: Any = None
+    spread: Callable[[Sequence[Verdict]], dict[str, tuple[float, float]]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,10 +202,17 @@ class Plan:
 
 
 def run(
-    suite: Suite, plan: Plan, load: Callable[[], Bagel], *, model: str, judge: Judge | None = None
+    suite: Suite,
+    plan: Plan,
+    load: Callable[[], Bagel],
+    *,
+    model: str,
+    judge: Judge | None = None,
+    expect: Callable[[int], object] = lambda total: None,
 ) -> Iterator[Verdict]:
     """Makes and judges what is not there yet, and yields every verdict of this rank; the model is loaded
-    only when something is to be made. ValueError where the folder holds another run.
+    only when something is to be made. expect: told how many there will be. ValueError where the folder holds
+    another run.
     """
     if suite.judged and judge is None:
         raise ValueError(f"{suite.name} needs a judge: give --judge URL and --judge-model NAME")
@@ -162,38 +222,39 @@ def run(
         raise ValueError(f"{plan.data} holds no sample of {suite.name}; it needs {suite.needs}")
     _check_same(plan.folder / "run.json", _told(suite, plan, samples, model, judge))
     own = samples[rank::ranks]
+    expect(len(own))
     made = _Lines(plan.folder / f"made-{rank}.jsonl", Made)
     verdicts = _Lines(plan.folder / f"verdicts-{rank}.jsonl", Verdict)
     desk = Desk(plan.data, plan.folder / "outputs", judge)
-    if waiting := [sample for sample in own if sample.id not in made.found]:
-        bagel = preset(load(), suite, plan)
-        for first in range(0, len(waiting), plan.batch):
-            some = waiting[first : first + plan.batch]
-            values = bagel.engine.drive_all([_attempt(bagel, suite, plan, sample) for sample in some])
-            for sample, value in zip(some, values, strict=True):
-                made.add(_kept(sample, value, desk.outputs))
-    left = [sample for sample in own if sample.id not in verdicts.found]
+    bagel: Bagel | None = None
     with ThreadPoolExecutor(plan.threads) as pool:
-        for verdict in pool.map(lambda sample: _verdict(suite, sample, made.found[sample.id], desk), left):
-            verdicts.add(verdict)
+        for first in range(0, len(own), plan.batch):
+            some = own[first : first + plan.batch]
+            if waiting := [sample for sample in some if sample.id not in made.found]:
+                bagel = bagel or preset(load(), suite, plan)
+                values = bagel.engine.drive_all([_attempt(bagel, suite, plan, sample) for sample in waiting])
+                for sample, value in zip(waiting, values, strict=True):
+                    made.add(_kept(sample, value, desk.outputs))
+            left = [sample for sample in some if sample.id not in verdicts.found]
+            for verdict in pool.map(lambda one: _verdict(suite, one, made.found[one.id], desk), left):
+                verdicts.add(verdict)
+            yield from (verdicts.found[sample.id] for sample in some)
     done = read_lines(plan.folder.glob("verdicts-*.jsonl"), Verdict)
     if len(done) == len(samples):
         write_json(plan.folder / "summary.json", summarised(suite, list(done.values())))
         if suite.submission is not None:
             everything = read_lines(plan.folder.glob("made-*.jsonl"), Made)
             suite.submission([(sample, everything[sample.id]) for sample in samples], plan.folder)
-    yield from (verdicts.found[sample.id] for sample in own)
 
 
 def preset(bagel: Bagel, suite: Suite, plan: Plan) -> Bagel:
     """The model with a suite's published settings, and those that the plan asks for on top."""
-    settings = bagel.config.settings
-    default = settings.ask if suite.reply == "text" else settings.edit
-    tuned = bagel.using(adjusted(default, _options(suite, plan)))
-    if suite.looks is None or suite.looks.stride != settings.vit_limits.stride:
-        return tuned
-    looks = replace(tuned.config.settings, vit_limits=suite.looks, vae_limits=AS_THEY_ARE)
-    return tuned.with_settings(looks)
+    settings, options = bagel.config.settings, _options(suite, plan)
+    verbs = {verb: adjusted(getattr(settings, verb), options) for verb in ("draw", "edit", "ask")}
+    settings = replace(settings, **verbs)
+    if suite.looks is not None and suite.looks.stride == settings.vit_limits.stride:
+        settings = replace(settings, vit_limits=suite.looks, vae_limits=AS_THEY_ARE)
+    return bagel.with_settings(settings)
 
 
 def _options(suite: Suite, plan: Plan) -> dict[str, Any]:
@@ -201,42 +262,48 @@ def _options(suite: Suite, plan: Plan) -> dict[str, Any]:
 
 
 def _attempt(bagel: Bagel, suite: Suite, plan: Plan, sample: Sample) -> Request[Any]:
-    """The reply, or the ValueError that kept the model from giving one."""
+    """What the model makes, or the ValueError that kept it from that."""
     try:
         if sample.problem:
             raise ValueError(sample.problem)
+        if suite.converse is not None:
+            return (yield from suite.converse(bagel, sample, plan.think))
         with retold("broken picture: {error}", ValueError):
             parts = [open_picture(part) if isinstance(part, Path) else part for part in sample.parts]
         if suite.reply == "film":
             sampling = bagel.config.settings.edit
             options = {"num_frames": sample.frames, "size": sample.size, "seed": sample.seed}
-            return (yield from bagel.film_request(parts, sampling=sampling, **options))
+            return [(yield from bagel.film_request(parts, sampling=sampling, **options))]
         return (
             yield from bagel.chat_request(
                 parts, reply=suite.reply, size=sample.size, seed=sample.seed, think=plan.think
             )
-        )[0]
+        )
     except ValueError as error:
         return error
 
 
-def _kept(sample: Sample, value: Any, outputs: Path) -> Made:
-    """A line for what was made (an answer, a picture, frames, or a ValueError), pictures in files first."""
-    if isinstance(value, ValueError):
-        return Made(id=sample.id, problem=str(value))
+def _kept(sample: Sample, values: Any, outputs: Path) -> Made:
+    """A line for what was made (answers, pictures, clips, or a ValueError), pictures in files first."""
+    if isinstance(values, ValueError):
+        return Made(id=sample.id, problem=str(values))
     asked = hashlib.sha256()
     for part in sample.parts:
         asked.update(hashlib.sha256(part.read_bytes() if isinstance(part, Path) else part.encode()).digest())
-    known = {"id": sample.id, "asked": asked.hexdigest()}
-    if isinstance(value, Answer):
-        return Made(text=str(value), thought=value.thought, **known)
-    if isinstance(value, list):
-        for number, frame in enumerate(value):
-            save_picture(frame, outputs / (sample.file or sample.id) / f"{number:03}.png")
-        return Made(file=sample.file or sample.id, **known)
-    file = sample.file or f"{sample.id}.png"
-    save_picture(value, outputs / file)
-    return Made(file=file, thought=value.info.get("thought"), **known)
+    parts: list[Part] = []
+    for place, value in enumerate(values):
+        name = Path(sample.file or f"{sample.id}{'' if isinstance(value, list) else '.png'}")
+        file = name.with_stem(f"{name.stem}-{place}") if len(values) > 1 else name
+        if isinstance(value, Answer):
+            parts.append(Part(text=str(value), thought=value.thought))
+        elif isinstance(value, list):
+            for number, frame in enumerate(value):
+                save_picture(frame, outputs / file / f"{number:03}.png")
+            parts.append(Part(file=file.as_posix()))
+        else:
+            save_picture(value, outputs / file)
+            parts.append(Part(file=file.as_posix(), thought=value.info.get("thought")))
+    return Made(id=sample.id, parts=tuple(parts), asked=asked.hexdigest())
 
 
 def _verdict(suite: Suite, sample: Sample, made: Made, desk: Desk) -> Verdict:
@@ -288,7 +355,9 @@ def _told(
     asked = hashlib.sha256(repr([(s.id, s.parts, s.seed, s.size, s.problem) for s in samples]).encode())
     return {
         "suite": suite.name,
+        "plan": suite.plan,
         "model": model,
+        "weights": _fingerprint(model),
         "samples": len(samples),
         "data": asked.hexdigest(),
         "think": plan.think,
@@ -302,15 +371,30 @@ def _told(
     }
 
 
+def _fingerprint(model: str) -> str | None:
+    """Of a model's files: their names, sizes and a piece of each; None where they are not on this machine."""
+    with suppress(ValueError, OSError):
+        found = find_model(model, cached=True)
+        digest = hashlib.sha256()
+        for path in sorted(found.iterdir()) if found.is_dir() else [found]:
+            if path.suffix in (".safetensors", ".gguf"):
+                with path.open("rb") as file:
+                    file.seek(size := path.stat().st_size // 2)
+                    digest.update(f"{path.name} {size} ".encode() + file.read(2**16))
+        return digest.hexdigest()
+    return None
+
+
 def _check_same(path: Path, told: dict[str, Any]) -> None:
     """Writes what is run, or compares it with what was; versions may differ."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, told)
     before = read_json(path)
-    for key in told.keys() - {"versions"}:
-        if before.get(key) != json.loads(json.dumps(told[key])):
-            was = f"{key} {before.get(key)!r}, not {told[key]!r}"
+    for key, value in json.loads(json.dumps(told)).items():
+        free = key == "versions" or (key == "weights" and None in (before.get(key), value))
+        if not free and before.get(key) != value:
+            was = f"{key} {before.get(key)!r}, not {value!r}"
             raise ValueError(f"{path.parent} holds a run with {was}; name another folder")
 
 
@@ -324,24 +408,14 @@ def mean(verdicts: Sequence[Verdict], score: str, group: str | None = None) -> f
 
 
 def summarised(suite: Suite, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Each value with its 95 % interval, a bootstrap over the units of each group, and what went wrong."""
+    """Each value with its 95 % interval, and what went wrong."""
     scored = sorted((v for v in verdicts if v.scores), key=lambda v: v.id)
-    groups: dict[str, dict[str, list[Verdict]]] = {}
-    for verdict in scored:
-        groups.setdefault(verdict.group, {}).setdefault(suite.unit(verdict), []).append(verdict)
-    rng, values = random.Random(0), suite.summary(scored)
-    values = {name: value for name, value in values.items() if not math.isnan(value)}
-    draws: dict[str, list[float]] = {name: [] for name in values}
-    for _ in range(RESAMPLES):
-        drawn = [rng.choices(list(units.values()), k=len(units)) for units in groups.values()]
-        again = suite.summary([verdict for some in drawn for unit in some for verdict in unit])
-        for name in values:
-            draws[name].append(again.get(name, math.nan))
-    told = {}
-    for name, value in values.items():
-        ordered = sorted(x for x in draws[name] if not math.isnan(x))
-        ends = [ordered[int(len(ordered) * share)] for share in (0.025, 0.975)] if ordered else [value] * 2
-        told[name] = {"value": value, "low": ends[0], "high": ends[1]}
+    values = {name: value for name, value in suite.summary(scored).items() if not math.isnan(value)}
+    spread = suite.spread(scored) if suite.spread else _bootstrap(suite, scored, values)
+    told = {
+        name: {"value": value, "low": spread[name][0], "high": spread[name][1]}
+        for name, value in values.items()
+    }
     problems = Counter(sorted(v.problem.partition(":")[0] for v in verdicts if v.problem))
     return {
         "suite": suite.name,
@@ -350,3 +424,23 @@ def summarised(suite: Suite, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "values": told,
         "problems": problems,
     }
+
+
+def _bootstrap(
+    suite: Suite, scored: Sequence[Verdict], values: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals of values, over the units of each group."""
+    groups: dict[str, dict[str, list[Verdict]]] = {}
+    for verdict in scored:
+        groups.setdefault(verdict.group, {}).setdefault(suite.unit(verdict), []).append(verdict)
+    rng, draws = random.Random(0), dict[str, list[float]]()
+    for _ in range(RESAMPLES):
+        drawn = [rng.choices(list(units.values()), k=len(units)) for units in groups.values()]
+        again = suite.summary([verdict for some in drawn for unit in some for verdict in unit])
+        for name, value in again.items():
+            draws.setdefault(name, []).append(value)
+    found: dict[str, tuple[float, float]] = {}
+    for name, value in values.items():
+        ordered = sorted(x for x in draws.get(name, ()) if not math.isnan(x)) or [value]
+        found[name] = (ordered[int(len(ordered) * 0.025)], ordered[int(len(ordered) * 0.975)])
+    return found

@@ -87,9 +87,9 @@ def _scores(bagel: Bagel, plan: Plan) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for thinks in (False, True):
         some = tuple(kind for kind in kinds if kind.startswith("think_") == thinks)
-        for record in evaluate(bagel, replace(plan, kinds=some, think=thinks)) if some else ():
-            right, total = found.get(record.kind, (0, 0))
-            found[record.kind] = right + record.right, total + 1
+        for verdict in evaluate(bagel, replace(plan, kinds=some, think=thinks)) if some else ():
+            right, total = found.get(verdict.group, (0, 0))
+            found[verdict.group] = right + int(verdict.scores["right"]), total + 1
     return found
 
 

@@ -1,51 +1,80 @@
-"""The samples of an evaluation as one HTML page: what was given, what the model made of it, and the truth."""
+"""The samples of a run as an HTML page: what was given, what the model made of it, and what that is worth."""
 
+import os
 from base64 import b64encode
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
-from openbagel.evals.world import Content, Record, Turn, group_of, table
+from PIL import Image
+
+from openbagel.evals.base import Desk, Made, Plan, Sample, Suite, Turn, Verdict, read_lines
+from openbagel.evals.report import compared
+from openbagel.picture_files import png
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "eval.html"
 
 
-def page(records: Sequence[Record], title: str) -> str:
-    """Everything in one file: the table, and each sample with its pictures; filters by kind and verdict."""
-    kinds = dict.fromkeys(record.kind for record in records)
-    choices = [*dict.fromkeys(map(group_of, kinds)), *kinds]
-    return filled(title=title, table=table(records), kinds=choices, samples=list(map(_sample, records)))
-
-
-def filled(*, title: str, table: str, kinds: Sequence[str], samples: Sequence[str]) -> str:
-    """The page; samples are its articles."""
+def page(suite: Suite, plan: Plan) -> str:
+    """Every sample of a run, with filters by group and verdict; pictures of files stay where they are."""
+    folder, samples = plan.folder, list(suite.samples(plan.data))
+    made = read_lines(folder.glob("made-*.jsonl"), Made)
+    verdicts = read_lines(folder.glob("verdicts-*.jsonl"), Verdict)
+    desk = Desk(plan.data, folder / "outputs")
+    articles: list[str] = []
+    for sample in samples:
+        if (verdict := verdicts.get(sample.id)) is not None:
+            turns = suite.turns or _turns
+            shown = "".join(_turn(turn, folder) for turn in turns(sample, made[sample.id], desk))
+            notes = [] if suite.turns else [verdict.reason]  # else each turn has its own
+            articles.append(_article(sample, verdict, shown, notes))
     return Template(TEMPLATE.read_text("utf-8")).substitute(
-        title=escape(title),
-        table=escape(table),
-        options="".join(f"<option>{escape(name)}</option>" for name in kinds),
-        samples="\n".join(samples),
+        title=escape(f"{suite.name} in {folder.name}"),
+        table=escape(compared([folder], {suite.name: suite.published})),
+        options="".join(
+            f"<option>{escape(name)}</option>" for name in dict.fromkeys(s.group for s in samples)
+        ),
+        samples="\n".join(articles),
     )
 
 
-def _sample(record: Record) -> str:
-    verdict = "right" if record.right else "wrong"
-    measured = "".join(f", {name} {value:.3f}" for name, value in record.measures.items())
-    head = f"{record.kind} {record.index}{' held out' * record.held_out}: {verdict}{measured}"
-    data = f'class="{verdict}" data-kind="{record.kind}" data-group="{group_of(record.kind)}"'
-    return f"<article {data}><b>{escape(head)}</b>{''.join(map(_turn, record.turns))}</article>"
+def _turns(sample: Sample, made: Made, desk: Desk) -> list[Turn]:
+    """The sample's parts and what was made of them."""
+    turns = [Turn(part) for part in sample.parts]
+    for part in made.parts:
+        file = desk.outputs / part.file
+        frames = sorted(file.iterdir()) if file.is_dir() and part.file else [file]
+        turns.append(Turn(frames if part.file else part.text, right=True, thought=part.thought))
+    return turns
 
 
-def _turn(turn: Turn) -> str:
+def _article(sample: Sample, verdict: Verdict, turns: str, notes: list[str]) -> str:
+    scores = ", ".join(f"{name} {value:g}" for name, value in verdict.scores.items())
+    right = bool(verdict.scores) and verdict.scores.get("right") != 0
+    notes += [f"{reply.judge}, {reply.date}: {reply.text}" for reply in verdict.replies]
+    said = "".join(f"<small>{escape(note)}</small>" for note in notes)
+    data = f'class="{"right" if right else "wrong"}" data-kind="{escape(sample.group)}"'
+    head = escape(f"{sample.id}: {scores or verdict.problem}")
+    return f"<article {data}><b>{head}</b>{turns}<div>{said}</div></article>"
+
+
+def _turn(turn: Turn, folder: Path) -> str:
     if turn.right is None:
-        return f"<div><small>given</small>{_shown(turn.content)}</div>"
+        return f"<div><small>given</small>{_shown(turn.content, folder)}</div>"
     thought = f"<small>thought: {escape(turn.thought)}</small>" if turn.thought else ""
-    truth = "" if turn.content == turn.truth else f"<small>one right answer</small>{_shown(turn.truth)}"
-    made = f"<small>made</small>{_shown(turn.content)}<small>{escape(turn.reason)}</small>"
+    beside = turn.truth is not None and turn.truth != turn.content
+    truth = f"<small>one right answer</small>{_shown(turn.truth, folder)}" if beside else ""
+    made = f"<small>made</small>{_shown(turn.content, folder)}<small>{escape(turn.reason)}</small>"
     return f'<div class="{"right" if turn.right else "wrong"}">{thought}{made}{truth}</div>'
 
 
-def _shown(content: Content) -> str:
-    if isinstance(content, str):
-        return escape(content) or "nothing"
-    return "".join(f'<img src="data:image/png;base64,{b64encode(one).decode()}">' for one in content)
+def _shown(content: Any, folder: Path) -> str:
+    match content:
+        case str():
+            return escape(content) or "nothing"
+        case Path():
+            return f'<img class="photo" loading="lazy" src="{escape(os.path.relpath(content, folder))}">'
+        case Image.Image():  # in few colours: enough to look at
+            return f'<img src="data:image/png;base64,{b64encode(png(content.quantize(32))).decode()}">'
+    return "".join(_shown(one, folder) for one in content)

@@ -6,22 +6,20 @@ it draws is judged, what it films is measured; and its own texts and pictures go
 
 import itertools
 import math
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from statistics import fmean
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean, pstdev
 from typing import Any
 
-import torch
 from PIL import Image
 
-import openbagel
 from openbagel.checks import check_choice
 from openbagel.config import to_json
+from openbagel.evals.base import Desk, Made, Sample, Suite, Turn, Verdict
 from openbagel.inference.engine import Request
 from openbagel.inference.pipeline import Answer, Bagel
-from openbagel.picture_files import png
 from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Writes, views
 from openbagel.world.judge import judge, locate
 from openbagel.world.motion import score_clip, turned_frame
@@ -80,177 +78,195 @@ def kinds_of(world: World, held_out: bool = False) -> dict[str, bool]:
     return found
 
 
-Content = str | tuple[bytes, ...]
-"""A text, or pictures as PNG: one, or the frames of a clip."""
+# conversations ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One part of a conversation as it went. right is None for what was given; what the model made stands
-    beside one right answer.
+def suite(plan: Plan) -> Suite:
+    """The benchmark of a plan that `Plan.for_model` has completed."""
+
+    def review(sample: Sample, made: Made, desk: Desk) -> tuple[list[Turn], dict[str, float]]:
+        return _review(plan, sample, desk.values(made))
+
+    return Suite(
+        name="world",
+        about="the toy world's exercises, judged exactly",
+        needs="nothing",
+        samples=lambda data: _samples(plan),
+        converse=partial(_converse, plan),
+        score=lambda sample, made, desk: _verdict(sample, *review(sample, made, desk)),
+        summary=lambda verdicts: {name: fmean(some) for name, some in _values(verdicts).items()},
+        spread=lambda verdicts: {name: _interval(some) for name, some in _values(verdicts).items()},
+        turns=lambda sample, made, desk: review(sample, made, desk)[0],
+        plan=to_json(plan),
+    )
+
+
+def evaluate(bagel: Bagel, plan: Plan, progress: Callable[[int], object] | None = None) -> Iterator[Verdict]:
+    """Verdicts in order of kind and index, nothing of which is kept; the same plan on the same model gives
+    the same ones.
     """
-
-    content: Content
-    truth: Content = ""
-    right: bool | None = None
-    reason: str = ""
-    thought: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One example's verdict: right if every turn is; reason: why the first wrong one is wrong.
-
-    measures: what else was measured, such as whether texts and pictures came in the right order.
-    """
-
-    kind: str
-    index: int
-    held_out: bool
-    right: bool
-    reason: str
-    turns: tuple[Turn, ...]
-    measures: dict[str, float]
-
-
-def evaluate(bagel: Bagel, plan: Plan, progress: Callable[[int], object] | None = None) -> Iterator[Record]:
-    """Records in order of kind and index; the same plan on the same model gives the same records."""
     plan = plan.for_model(bagel)
+    samples = list(_samples(plan))
+    for first in range(0, len(samples), BATCH):
+        some = samples[first : first + BATCH]
+        talks = [_converse(plan, bagel, sample, plan.think) for sample in some]
+        for sample, made in zip(some, bagel.engine.drive_all(talks), strict=True):
+            yield _verdict(sample, *_review(plan, sample, made))
+        if progress is not None:
+            progress(len(some))
+
+
+def _samples(plan: Plan) -> Iterator[Sample]:
+    for kind in plan.kinds:
+        for number in range(plan.samples):
+            truth = {"kind": kind, "number": number}
+            group = f"{kind} held out" if plan.held_out else kind
+            yield Sample(id=f"{kind}-{number}", group=group, seed=number, truth=truth)
+
+
+def _example(plan: Plan, sample: Sample) -> tuple[World, Example]:
     assert plan.world is not None
     world = world_named(plan.world)
-    for kind in plan.kinds:
-        for first in range(0, plan.samples, BATCH):
-            numbers = range(first, min(first + BATCH, plan.samples))
-            talks = [_Talk(world, i, example(world, plan.seed, i, kind, plan.held_out)) for i in numbers]
-            while waiting := [talk for talk in talks if talk.hear()]:
-                requests = [talk.request(bagel, plan.think) for talk in waiting]
-                for talk, reply in zip(waiting, bagel.engine.drive_all(requests), strict=True):
-                    talk.take(reply)
-            yield from (talk.record(plan.held_out) for talk in talks)
-            if progress is not None:
-                progress(len(talks))
+    kind, number = sample.truth["kind"], sample.truth["number"]
+    return world, example(world, plan.seed, number, kind, plan.held_out).without_thought()
 
 
-@dataclass(slots=True)
-class _Talk:
-    """One exercise while it is done."""
-
-    world: World
-    number: int
-    example: Example
-    steps: list[Step] = field(init=False)
-    """Those still to come, without thoughts."""
-    heard: list[Any] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-    measures: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.steps = list(self.example.without_thought().steps)
-
-    def hear(self) -> bool:
-        """Takes in what is given next; whether something is to be made then."""
-        while self.steps and isinstance(step := self.steps[0], Said | Shown):
-            self.steps.pop(0)
-            part = as_heard(step, self.world.side)
-            self.heard.append(part)
-            self.turns.append(Turn(_content(part)))
-        return bool(self.steps)
-
-    def request(self, bagel: Bagel, think: bool) -> Request[Any]:
-        settings, made = bagel.config.settings, sum(turn.right is not None for turn in self.turns)
-        seed = self.number + TURN_SEEDS * made
-        if self.example.decides:
-            return bagel.interleave_request(self.heard, size=None, seed=seed, think=think)
-        if isinstance(self.steps[0], Writes):
-            return bagel.write_request(self.heard, seed=seed, think=think)
-        both = len({isinstance(part, str) for part in self.heard}) == 2
+def _converse(plan: Plan, bagel: Bagel, sample: Sample, think: bool) -> Request[list[Any]]:
+    """All that the model makes of one exercise, in order."""
+    world, exercise = _example(plan, sample)
+    settings = bagel.config.settings
+    heard, made = list[Any](), list[Any]()
+    for step in exercise.steps:
+        if isinstance(step, Said | Shown):
+            heard.append(as_heard(step, world.side))
+            continue
+        seed = sample.seed + TURN_SEEDS * len(made)
+        if exercise.decides:
+            return (yield from bagel.interleave_request(heard, size=None, seed=seed, think=think))
+        both = len({isinstance(part, str) for part in heard}) == 2
         sampling = settings.edit if both else settings.draw
-        if isinstance(self.steps[0], Films):
-            count = len(self.steps[0].views)
-            return bagel.film_request(self.heard, num_frames=count, seed=seed, sampling=sampling)
-        return bagel.draw_request(self.heard, size=None, seed=seed, think=think, sampling=sampling)
-
-    def take(self, reply: Any) -> None:
-        """Judges what was made for the next step, or for all of them where the model decides."""
-        if not self.example.decides:
-            self._judge(self.steps.pop(0), reply)
-            self.heard += reply if isinstance(reply, list) else [reply]
-            return
-        wanted, self.steps = self.steps, []
-        kinds = [isinstance(step, Writes) for step in wanted]
-        self.measures["order"] = float([isinstance(made, str) for made in reply] == kinds)
-        texts = [str(made) for made in reply if isinstance(made, str)]
-        for place, (step, made) in enumerate(itertools.zip_longest(wanted, reply)):
-            told = wanted[: place + 1]
-            try:
-                if made is None or step is None or isinstance(made, str) != kinds[place]:
-                    wrong = "went on after the end" if step is None else "the wrong one of text and picture"
-                    raise ValueError("ended too early" if made is None else wrong)
-                if any(kinds[: place + 1]):  # then the model's own words say what is right
-                    told = as_told(self.world, replace(self.example, steps=tuple(told)), texts).steps
-                self._judge(told[-1], made)
-            except ValueError as error:
-                self.turns.append(Turn(_content(made), _truth(step, self.world), False, str(error)))
-
-    def _judge(self, step: Step, made: Any) -> None:
         if isinstance(step, Writes):
-            reason = "" if made.strip() == step.words else f"expected {step.words!r}"
+            reply = yield from bagel.write_request(heard, seed=seed, think=think)
         elif isinstance(step, Films):
-            reason = self._clip(step.views, made)
+            count = len(step.views)
+            reply = yield from bagel.film_request(heard, num_frames=count, seed=seed, sampling=sampling)
         else:
-            assert isinstance(step, Draws)
-            reason = judge(step.spec, made, self.world).reason
-        some = made[0] if isinstance(made, list) else made
-        thought = some.thought if isinstance(some, Answer) else some.info.get("thought")
-        self.turns.append(Turn(_content(made), _truth(step, self.world), not reason, reason, thought))
-
-    def _clip(self, views: Sequence[View], frames: list[Image.Image]) -> str:
-        """Measures a clip; what is wrong with it. Where no frame was given it may begin anywhere."""
-        truth = [view for view in views if isinstance(view, Scene)]
-        found = [locate(f, scene.things, self.world) for f, scene in zip(frames, truth, strict=True)]
-        score, goes_on = score_clip(truth, found), any(not isinstance(part, str) for part in self.heard)
-        self.measures["lost"] = float(score.lost)
-        if goes_on:
-            self.measures["position error"] = score.error
-        if score.lost or not (score.error <= CLOSE if goes_on else score.steered):
-            return "an object is lost" if score.lost else f"the way is wrong (error {score.error:.2f})"
-        turned = turned_frame(truth) if goes_on else None
-        return judge(turned[1], frames[turned[0]], self.world).reason if turned else ""
-
-    def record(self, held_out: bool) -> Record:
-        kind, turns = self.example.kind, tuple(self.turns)
-        reason = next((turn.reason for turn in turns if turn.right is False), "")
-        return Record(kind, self.number, held_out, not reason, reason, turns, self.measures)
+            options = {"size": None, "seed": seed, "think": think}
+            reply = yield from bagel.draw_request(heard, sampling=sampling, **options)
+        made.append(reply)
+        heard += reply if isinstance(reply, list) else [reply]
+    return made
 
 
-def _content(part: Any) -> Content:
-    if part is None or isinstance(part, str):
-        return str(part or "")
-    pictures = part if isinstance(part, list) else [part]
-    return tuple(png(picture.quantize(32)) for picture in pictures)  # enough colours to look at
+def _review(plan: Plan, sample: Sample, made: Sequence[Any]) -> tuple[list[Turn], dict[str, float]]:
+    """The conversation as it went, each thing that was made judged, and what was measured besides."""
+    world, exercise = _example(plan, sample)
+    given = [step for step in exercise.steps if isinstance(step, Said | Shown)]
+    wanted = [step for step in exercise.steps if not isinstance(step, Said | Shown)]
+    if exercise.decides:
+        turns = [Turn(as_heard(step, world.side)) for step in given]
+        kinds = [isinstance(step, Writes) for step in wanted]
+        order = [isinstance(value, str) for value in made] == kinds
+        return [*turns, *_told(world, exercise, wanted, made)], {"order": float(order)}
+    turns, measures, replies = list[Turn](), dict[str, float](), iter(made)
+    for step in exercise.steps:
+        if isinstance(step, Said | Shown):
+            turns.append(Turn(as_heard(step, world.side)))
+            continue
+        value = next(replies)
+        if isinstance(step, Films):
+            reason = _clip(world, step.views, value, measures, any(isinstance(s, Shown) for s in given))
+        else:
+            reason = _wrong(world, step, value)
+        turns.append(_turn(world, step, value, reason))
+    return turns, measures
 
 
-def _truth(step: Step | None, world: World) -> Content:
-    if step is None or isinstance(step, Writes):
-        return step.words if step else ""
-    return _content([render_picture(view, world.side) for view in views([step])])
+def _told(world: World, story: Example, wanted: Sequence[Step], made: Sequence[Any]) -> Iterator[Turn]:
+    """A story's parts; the model's own words say what is right to show."""
+    texts = [str(value) for value in made if isinstance(value, str)]
+    for place, (step, value) in enumerate(itertools.zip_longest(wanted, made)):
+        told = wanted[: place + 1]
+        try:
+            if value is None or step is None or isinstance(value, str) != isinstance(step, Writes):
+                wrong = "went on after the end" if step is None else "the wrong one of text and picture"
+                raise ValueError("ended too early" if value is None else wrong)
+            if any(isinstance(one, Writes) for one in told):
+                told = as_told(world, replace(story, steps=tuple(told)), texts).steps
+            reason, step = _wrong(world, told[-1], value), told[-1]
+        except ValueError as error:
+            reason = str(error)
+        yield _turn(world, step, value, reason)
+
+
+def _wrong(world: World, step: Step, made: Any) -> str:
+    """What is wrong with a text or a picture."""
+    if isinstance(step, Writes):
+        return "" if made.strip() == step.words else f"expected {step.words!r}"
+    assert isinstance(step, Draws)
+    return judge(step.spec, made, world).reason
+
+
+def _clip(
+    world: World, views: Sequence[View], frames: list[Image.Image], measures: dict[str, float], goes_on: bool
+) -> str:
+    """Measures a clip; what is wrong with it. Where no frame was given it may begin anywhere."""
+    truth = [view for view in views if isinstance(view, Scene)]
+    found = [locate(frame, scene.things, world) for frame, scene in zip(frames, truth, strict=True)]
+    score = score_clip(truth, found)
+    measures["lost"] = float(score.lost)
+    if goes_on:
+        measures["position error"] = score.error
+    if score.lost or not (score.error <= CLOSE if goes_on else score.steered):
+        return "an object is lost" if score.lost else f"the way is wrong (error {score.error:.2f})"
+    turned = turned_frame(truth) if goes_on else None
+    return judge(turned[1], frames[turned[0]], world).reason if turned else ""
+
+
+def _turn(world: World, step: Step | None, made: Any, reason: str) -> Turn:
+    """What was made beside one right answer."""
+    truth: Any = step.words if isinstance(step, Writes) else ""
+    if isinstance(step, Draws | Films):
+        truth = [render_picture(view, world.side) for view in views([step])]
+    some = made[0] if isinstance(made, list) else made
+    thought = some.thought if isinstance(some, Answer) else some.info.get("thought") if some else None
+    return Turn("" if made is None else made, truth, not reason, reason, thought)
+
+
+def _verdict(sample: Sample, turns: Sequence[Turn], measures: dict[str, float]) -> Verdict:
+    """Right if every turn is."""
+    reason = next((turn.reason for turn in turns if turn.right is False), "")
+    scores = {"right": float(not reason), **measures}
+    return Verdict(id=sample.id, group=sample.group, scores=scores, reason=reason)
 
 
 # scores -----------------------------------------------------------------------------------------------------
 
 
-def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Those of each kind, then of each group of kinds (draw, ask, edit …), held-out examples apart."""
-    found: dict[str, list[Record]] = {}
-    for name in (str, group_of):
-        for record in records:
-            label = f"{name(record.kind)}{' held out' * record.held_out}"
-            found.setdefault(label, []).append(record)
-    return found
+def _values(verdicts: Sequence[Verdict]) -> dict[str, list[float]]:
+    """Percent right of each kind and each group of kinds (draw, ask, edit …), and what else was measured."""
+    found: dict[str, list[float]] = {}
+    for label in (str, group_of):
+        for verdict in verdicts:
+            found.setdefault(label(verdict.group), []).append(100 * verdict.scores["right"])
+    for verdict in verdicts:
+        for name in verdict.scores.keys() - {"right"}:
+            found.setdefault(f"{verdict.group}, {name}", []).append(verdict.scores[name])
+    return dict(sorted(found.items(), key=lambda item: "(all)" in item[0]))
 
 
 def group_of(kind: str) -> str:
-    return f"{kind.partition('_')[0]} (all)"
+    start, _, rest = kind.partition("_")
+    return f"{start} (all{', held out' * rest.endswith('held out')})"
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 %: Wilson's of percentages, else from the deviation of the mean."""
+    if set(values) <= {0.0, 100.0}:
+        low, high = wilson(round(sum(values) / 100), len(values))
+        return 100 * low, 100 * high
+    reach = 1.96 * pstdev(values) / len(values) ** 0.5
+    return fmean(values) - reach, fmean(values) + reach
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -259,39 +275,3 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + square / 2) / (1 + square)
     reach = z / (1 + square) * math.sqrt(share * (1 - share) / total + square / (4 * total))
     return centre - reach, centre + reach
-
-
-def table(records: Sequence[Record]) -> str:
-    """A line per kind and one per group of kinds, with what else was measured."""
-    rows = [f"{'kind':<24}{'right':>8}{'of':>6}   95 % interval"]
-    for label, some in grouped(records).items():
-        right, total = sum(record.right for record in some), len(some)
-        low, high = wilson(right, total)
-        more = ""
-        for name in dict.fromkeys(name for record in some for name in record.measures):
-            more += f"   {name} {fmean(r.measures[name] for r in some if name in r.measures):.3f}"
-        interval = f"{low:.1%} - {high:.1%}"
-        rows.append(f"{label:<24}{right / total:>8.1%}{total:>6}   {interval:<15}{more}".rstrip())
-    return "\n".join(rows)
-
-
-def report(records: Sequence[Record], plan: Plan, bagel: Bagel, model: str) -> dict[str, Any]:
-    """Everything needed to repeat the table: settings, versions, per-sample verdicts. Of a picture there is
-    its number of frames.
-    """
-    versions = {"openbagel": openbagel.__version__, "torch": torch.__version__}
-    return {
-        "model": model,
-        "plan": to_json(plan.for_model(bagel)),
-        "settings": to_json(bagel.config.settings),
-        "versions": {**versions, "python": platform.python_version()},
-        "records": [_listed(record) for record in records],
-    }
-
-
-def _listed(record: Record) -> dict[str, Any]:
-    def words(content: Content) -> str | int:
-        return content if isinstance(content, str) else len(content)
-
-    turns = [replace(turn, content=words(turn.content), truth=words(turn.truth)) for turn in record.turns]
-    return to_json(replace(record, turns=tuple(turns)))

@@ -1,19 +1,19 @@
 """Verbs that score models."""
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from openbagel.evals import base, curve
+from openbagel.evals import base, curve, world
 from openbagel.evals.base import Suite
 from openbagel.evals.judges import Endpoint, Judge
 from openbagel.evals.page import page
-from openbagel.evals.report import compared, run_page
+from openbagel.evals.report import compared
 from openbagel.evals.suites import SUITES
-from openbagel.evals.world import Plan, evaluate, report, table
 from openbagel.inference.pipeline import Bagel
 from openbagel.train.stages import open_run
 from openbagel.verbs.options import ModelOptions, option, progress, setting_of
@@ -33,7 +33,7 @@ class Eval(ModelOptions):
     )
     data: Path | None = option("the benchmark's published files; of several: folders named as they are")
     output: Path | None = option(
-        "the folder of the run, by default runs/SUITE; of the world: a JSON file", short="-o"
+        "the folder of the run, of several: of the runs; default: runs/SUITE, for the world none", short="-o"
     )
     limit: int | None = option("only so many samples, the first ones")
     think: bool = option("let the model think first", False)
@@ -56,36 +56,48 @@ class Eval(ModelOptions):
     held_out: bool = option("world: only examples with something held out", False)
 
     def run(self) -> None:
-        if "world" not in self.suites:
-            for name in self.suites:
-                self.measure(SUITES[name])
-        elif len(self.suites) > 1:
-            raise ValueError("the world is scored alone; leave the other suites out")
-        else:
-            self.play()
-
-    def measure(self, suite: Suite) -> None:
-        """A published benchmark."""
         several = len(self.suites) > 1
-        if self.data is None:
-            raise ValueError(f"{suite.name} needs --data DIR with {suite.needs}")
-        folder = self.output or Path("runs")
+        for name in self.suites:
+            folder = (self.output or Path("runs")) / name if several or not self.output else self.output
+            if name == "world":
+                self.play(folder)
+            elif self.data is None:
+                raise ValueError(f"{name} needs --data DIR with {SUITES[name].needs}")
+            else:
+                self.measure(SUITES[name], folder, self.load, self.data / name if several else self.data)
+
+    def play(self, folder: Path) -> None:
+        """The toy world; nothing is kept unless it was said where."""
+        bagel = self.load()
+        plan = world.Plan(
+            kinds=tuple(self.kinds or ()),
+            samples=self.samples,
+            world=self.world,
+            held_out=self.held_out,
+            think=self.think,
+        )
+        suite = world.suite(plan.for_model(bagel))
+        with TemporaryDirectory() as away:
+            self.measure(suite, folder if self.output else Path(away), lambda: bagel)
+
+    def measure(self, suite: Suite, folder: Path, load: Callable[[], Bagel], data: Path = Path()) -> None:
+        """Runs a suite, shows its table and writes its page."""
         plan = base.Plan(
-            data=self.data / suite.name if several else self.data,
-            folder=folder / suite.name if several or self.output is None else folder,
+            data=data,
+            folder=folder,
             limit=self.limit,
             think=self.think,
             batch=self.batch,
             options=dict(self.settings or ()),
         )
         with progress(0, unit="sample") as bar:
-            for _ in base.run(suite, plan, self.load, model=self.model, judge=self.judged()):
+            for _ in base.run(suite, plan, load, model=self.model, judge=self.judged(), expect=bar.reset):
                 bar.update()
-        rows = {suite.name: suite.published}
-        if (plan.folder / "summary.json").is_file():  # else other ranks go on
-            print(compared([plan.folder], rows))
-            (plan.folder / "index.html").write_text(run_page(suite, plan), "utf-8")
-            print(plan.folder / "index.html")
+        if (folder / "summary.json").is_file():  # else other ranks go on
+            print(compared([folder], {suite.name: suite.published}))
+            if self.output or self.data:
+                (folder / "index.html").write_text(page(suite, plan), "utf-8")
+                print(folder / "index.html")
 
     def judged(self) -> Judge | None:
         if self.judge is None or self.judge_model is None:
@@ -98,27 +110,6 @@ class Eval(ModelOptions):
             most_cost=self.judge_budget,
         )
         return Judge(endpoint, self.judge_cache)
-
-    def play(self) -> None:
-        """The toy world."""
-        bagel = self.load()
-        plan = Plan(
-            kinds=tuple(self.kinds or ()),
-            samples=self.samples,
-            world=self.world,
-            held_out=self.held_out,
-            think=self.think,
-        ).for_model(bagel)
-        with progress(len(plan.kinds) * plan.samples, unit="example") as bar:
-            records = list(evaluate(bagel, plan, bar.update))
-        print(table(records))
-        if self.output is not None:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            told = report(records, plan, bagel, self.model)
-            self.output.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-            beside = self.output.with_suffix(".html")
-            beside.write_text(page(records, f"{self.model} in world {plan.world}"), "utf-8")
-            print(self.output, beside, sep="\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +137,7 @@ class EvalCurve:
 
     def run(self) -> None:
         output = self.output or self.run_folder / "curve.png"
-        plan = Plan(kinds=tuple(self.kinds or ()), samples=self.samples)
+        plan = world.Plan(kinds=tuple(self.kinds or ()), samples=self.samples)
         points = curve.score(self.run_folder, plan, self.load, output.with_suffix(".json"), print)
         print(curve.table(points))
         print(curve.draw(points, output))

@@ -25,6 +25,8 @@ class Mixture:
     think: float = 0.1
     think_kinds: float = 0.5
     """The same for the kinds think_…, whose prompts are hard without."""
+    ends: float = 0.0
+    """How often a drawing or an edit is a page that the model ends itself; with marker loss it learns to."""
     text_dropout: float = 0.1
     vit_dropout: float = 0.3
     vae_dropout: float = 0.1
@@ -82,6 +84,8 @@ class WorldDataset:
         made = example(self.world, mixture.seed, row, self.kind)
         share = mixture.think_kinds if self.kind.startswith("think_") else mixture.think
         task, fields = rows.row(made, self.world.side, thinks=rng.random() < share)
+        if task in ("t2i_pretrain", "unified_edit") and mixture.ends and rng.random() < mixture.ends:
+            task, fields = "web_interleaved", rows.page(made.steps, self.world.side)
         setting = TaskSetting(
             codec=self.codec,
             vae=settings.vae_limits,

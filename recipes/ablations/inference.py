@@ -40,7 +40,7 @@ def settings(bagel: Bagel) -> Iterator[tuple[str, Bagel, Plan]]:
 
 
 def score(bagel: Bagel, plan: Plan) -> dict[str, list[int]]:
-    right = Counter(r.kind for r in evaluate(bagel, plan) if r.right)
+    right = Counter(v.group for v in evaluate(bagel, plan) if v.scores["right"])
     return {kind: [right[kind], plan.samples] for kind in plan.kinds}
 
 

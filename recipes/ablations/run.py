@@ -78,7 +78,8 @@ def main(names: list[str]) -> None:
             train(read_recipe(HERE / "base.yaml", [f"folder={folder}", *RUNS[name]]))
         if name not in results:
             plan = Plan(kinds=(*DRAWING, *ASKING), samples=100)
-            right = Counter(r.kind for r in evaluate(Bagel.load(folder / "checkpoint"), plan) if r.right)
+            verdicts = evaluate(Bagel.load(folder / "checkpoint"), plan)
+            right = Counter(verdict.group for verdict in verdicts if verdict.scores["right"])
             results[name] = losses(folder) | {"right of 100": {kind: right[kind] for kind in plan.kinds}}
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")

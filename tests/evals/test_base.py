@@ -108,6 +108,17 @@ def test_the_same_run_gives_the_same_folder(data: Path, tmp_path: Path) -> None:
     assert everything(plans[0].folder) == everything(plans[1].folder)
 
 
+def test_a_run_is_of_these_weights(data: Path, tmp_path: Path) -> None:
+    (model := tmp_path / "model").mkdir()
+    (weights := model / "ema.safetensors").write_bytes(b"a" * 10)
+    plan, load = Plan(data=data, folder=tmp_path / "run", options=OPTIONS), tiny.bagel
+    first = list(base.run(ANSWERS, plan, load, model=str(model)))
+    assert list(base.run(ANSWERS, plan, load, model=str(model))) == first
+    weights.write_bytes(b"b" * 10)
+    with pytest.raises(ValueError, match="holds a run with weights .*; name another folder"):
+        list(base.run(ANSWERS, plan, load, model=str(model)))
+
+
 def test_a_cut_run_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = (
         Plan(data=data, folder=tmp_path / name, options=OPTIONS, batch=2) for name in ("whole", "cut")
@@ -219,9 +230,7 @@ def test_pictures_are_drawn_into_the_layout_and_judged(data: Path, tmp_path: Pat
     assert told["values"]["q"]["value"] == 8.0 and told["problems"] == {"unreadable": 1}
     assert verdicts[0].replies[0].judge == "wise" and verdicts[2].replies[0].text == "hm"
     drawn = Image.open(plan.folder / "outputs" / "00001" / "0.png")
-    alone = tiny.bagel().using(
-        replace(tiny.SAMPLING, num_timesteps=3, guidance=tiny.bagel().config.settings.edit.guidance)
-    )
+    alone = tiny.bagel().using(replace(tiny.bagel().config.settings.draw, num_timesteps=3))
     assert drawn.tobytes() == alone.generate("p1", size=(8, 8), seed=1).tobytes()
     assert (plan.folder / "submission.txt").read_text() == " ".join(f"{n:05}/0.png" for n in range(4))
 

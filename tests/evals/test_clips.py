@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from openbagel.evals import base
-from openbagel.evals.base import Desk, Made, Plan, Sample
+from openbagel.evals.base import Desk, Made, Part, Plan, Sample
 from openbagel.evals.clips import NEXT_FRAMES, SHOWN, VIDEO_QA
 from openbagel.images import to_pixels
 from openbagel.picture_files import clip_writer
@@ -26,7 +26,7 @@ def lines(path: Path, *rows: Any) -> None:
 
 
 def verdict(sample: Sample, text: str) -> dict[str, float]:
-    return VIDEO_QA.score(sample, Made(id=sample.id, text=text), Desk(Path(), Path())).scores
+    return VIDEO_QA.score(sample, Made(id=sample.id, parts=(Part(text=text),)), Desk(Path(), Path())).scores
 
 
 def test_videos_are_shown_by_eight_frames(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_errors_of_frames(clips: Path, tmp_path: Path) -> None:
         path = desk.outputs / "up" / f"{number:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         grey(value, (6, 4)).save(path)
-    scores = NEXT_FRAMES.score(up, Made(id="up", file="up"), desk).scores
+    scores = NEXT_FRAMES.score(up, Made(id="up", parts=(Part(file="up"),)), desk).scores
     assert scores["first error"] == 0 and scores["last error"] == pytest.approx(0.2)
     assert scores["error"] == pytest.approx(0.1) and scores["still"] == pytest.approx(0.3)
     assert scores["PSNR"] == pytest.approx(-10 * np.log10(0.02))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from openbagel.evals import base, pictures, questions, suites
-from openbagel.evals.base import Desk, Made, Plan, Suite, Verdict
+from openbagel.evals.base import Desk, Made, Part, Plan, Suite, Verdict
 from openbagel.evals.judges import Endpoint, Judge
 from openbagel.evals.questions import filled, instructions, named
 from tests import tiny
@@ -267,7 +267,7 @@ def test_thinking_is_published_too(tmp_path: Path) -> None:
     told, _, _ = judged(pictures.WISE, tmp_path, lambda *_: reply, think=True)
     assert values(told)["cultural"] == pytest.approx(1.0)
     made = base.read_lines((tmp_path / "run").glob("made-*.jsonl"), Made)
-    assert made["1"].thought is not None
+    assert made["1"].parts[0].thought is not None
 
 
 # GEdit-Bench ------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_gedit(tmp_path: Path, layout: str) -> None:
 def test_what_was_made_is_brought_to_the_size_of_the_original(tmp_path: Path) -> None:
     source = picture(tmp_path / "a.png", size=(40, 30))
     picture(tmp_path / "out" / "m.png", size=(8, 8))
-    desk, made = Desk(tmp_path, tmp_path / "out"), Made(id="m", file="m.png")
+    desk, made = Desk(tmp_path, tmp_path / "out"), Made(id="m", parts=(Part(file="m.png"),))
     cases: list[tuple[dict[str, Any], Any]] = [
         ({"matched": True}, [(40, 30)] * 2),
         ({"largest": 20}, [(20, 15), (8, 8)]),
@@ -508,7 +508,9 @@ def test_rise(tmp_path: Path) -> None:
         judge = Judge(Endpoint(url=url, model="judge", attempts=1), tmp_path / "cache")
         desk = Desk(data, picture(tmp_path / "out" / "m.png").parent, judge)
         for now in said:  # noqa: B007
-            verdicts.append(pictures.RISE.score(samples[now], Made(id=now, file="m.png"), desk))
+            verdicts.append(
+                pictures.RISE.score(samples[now], Made(id=now, parts=(Part(file="m.png"),)), desk)
+            )
     found = dict(zip(said, (verdict.scores for verdict in verdicts), strict=True))
     assert samples["row 7"].problem.startswith("broken row")
     assert asked["t1"] == [("consist; t1; ref", 2), ("reasoning; t1; ref", 1), ("generation; t1; ref", 1)]

@@ -9,7 +9,8 @@ import pytest
 from openbagel.evals import base
 from openbagel.evals.base import Made, Plan, Sample, Suite, Verdict
 from openbagel.evals.judges import Reply
-from openbagel.evals.report import compared, run_page
+from openbagel.evals.page import page
+from openbagel.evals.report import compared
 from tests import tiny
 
 REPLY = Reply(text="<b>8</b>", judge="wise", date="2026-01-01", question="0" * 64)
@@ -75,8 +76,8 @@ def test_the_page_shows_everything_and_runs_nothing(folders: list[Path], tmp_pat
     (photo := tmp_path / "photo.png").touch()
     one = suite(0.0)
     samples = [replace(sample, parts=(photo, *sample.parts)) for sample in one.samples(tmp_path)]
-    page = run_page(replace(one, samples=lambda data: samples), Plan(data=tmp_path, folder=folders[0]))
-    assert page.count("<article") == 6 and page.count('class="wrong photo"') == 1
-    assert "&lt;i&gt;3&lt;/i&gt;" in page and "<i>" not in page and "&lt;b&gt;8&lt;/b&gt;" in page
-    assert "wise, 2026-01-01" in page and "so &amp; so" in page and 'src="../photo.png"' in page
-    assert "BAGEL (published)" in page and 'data-kind="a&lt;b"' in page
+    told = page(replace(one, samples=lambda data: samples), Plan(data=tmp_path, folder=folders[0]))
+    assert told.count("<article") == 6 and told.count('class="wrong"') == 1
+    assert "&lt;i&gt;3&lt;/i&gt;" in told and "<i>" not in told and "&lt;b&gt;8&lt;/b&gt;" in told
+    assert "wise, 2026-01-01" in told and "so &amp; so" in told and 'src="../photo.png"' in told
+    assert "BAGEL (published)" in told and 'data-kind="a&lt;b"' in told

@@ -25,7 +25,7 @@ def test_the_page_tells_the_truth() -> None:
     for kind, how, least, most in rows:
         options = {"think": how == ", thinking", "held_out": how == ", held out"}
         plan = Plan(kinds=(kind,), samples=SAMPLES, seed=SEED, **options)
-        right = sum(record.right for record in evaluate(bagel, plan))
+        right = round(sum(verdict.scores["right"] for verdict in evaluate(bagel, plan)))
         low, high = wilson(right, SAMPLES, WIDE)
         if high < float(least) / 100 or low > float(most) / 100:
             wrong.append(f"{kind}{how}: {least} to {most} % on the page, {right} of {SAMPLES} here")

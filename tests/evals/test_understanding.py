@@ -20,7 +20,7 @@ from PIL import Image
 from openbagel import Bagel
 from openbagel.config import to_json
 from openbagel.evals import answers, base, suites, understanding
-from openbagel.evals.base import Made, Plan, Sample, Suite, Verdict
+from openbagel.evals.base import Made, Part, Plan, Sample, Suite, Verdict
 from openbagel.evals.clips import VIDEO_QA
 from openbagel.evals.judges import Endpoint, Judge
 from openbagel.images import ImageLimits
@@ -60,7 +60,9 @@ def run(
     """Values, problems and verdicts of replies made elsewhere."""
     folder = data.parent / "run"
     made = [
-        Made(id=one.id, problem=one.problem) if one.problem else Made(id=one.id, text=replies(one), asked="0")
+        Made(id=one.id, problem=one.problem)
+        if one.problem
+        else Made(id=one.id, parts=(Part(text=replies(one)),), asked="0")
         for one in suite.samples(data)
     ]
     write(folder / "made-0.jsonl", "".join(json.dumps(to_json(one)) + "\n" for one in made))

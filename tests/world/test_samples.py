@@ -151,8 +151,23 @@ def test_turns_see_what_was_drawn_before() -> None:
         said[0],
         *(word for words in said[1:] for word in ("target1", *seen, words)),
         "target1",
+        *seen,
     ]
-    assert sketch(dataset("edit_turns").parts(0, random.Random(0))) == expected
+    *parts, end = dataset("edit_turns").parts(0, random.Random(0))
+    assert sketch(parts) == expected and end == Text((bagel().codec.end_of_text or 0,), loss=True, bare=True)
+
+
+def test_some_drawings_and_edits_teach_their_end() -> None:
+    for kind in ("draw_one", "edit_add"):
+        data, plain = dataset(kind, ends=0.3), dataset(kind)
+        many = [data.parts(i, random.Random(i)) for i in range(200)]
+        ended = [parts for parts in many if parts[-1] == Text((bagel().codec.end_of_text or 0,), True, True)]
+        assert abs(len(ended) / 200 - 0.3) < 0.08
+        for parts in ended:
+            assert sketch(parts[:-1])[-3:] == ["target1", "condition1", "look"]
+        assert all(isinstance(plain.parts(i, random.Random(i))[-1], Draw) for i in range(20))
+    asked = dataset("ask_count", ends=1.0)
+    assert len(asked.parts(0, random.Random(0))) == 3
 
 
 def test_a_story_learns_texts_pictures_and_its_end() -> None:
