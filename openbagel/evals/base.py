@@ -66,22 +66,26 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What a model made: a text, or the file below outputs/ of a picture, the folder of a clip."""
+    """What a model made: a text, or the file below outputs/ of a picture, the folder of a clip. pixels: the
+    SHA-256 of those.
+    """
 
     text: str = ""
     file: str = ""
+    pixels: str = ""
     thought: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
     """All that the model made of a sample, in order; most have one part. asked: SHA-256 of the sample's
-    parts.
+    parts. by: the device and the dtype.
     """
 
     id: str
     parts: tuple[Part, ...] = (Part(),)
     asked: str = ""
+    by: str = ""
     problem: str = ""
 
     @property
@@ -234,16 +238,18 @@ def run(
                 bagel = bagel or preset(load(), suite, plan)
                 values = bagel.engine.drive_all([_attempt(bagel, suite, plan, sample) for sample in waiting])
                 for sample, value in zip(waiting, values, strict=True):
-                    made.add(_kept(sample, value, desk.outputs))
+                    made.add(replace(_kept(sample, value, desk.outputs), by=_machine(bagel)))
             left = [sample for sample in some if sample.id not in verdicts.found]
             for verdict in pool.map(lambda one: _verdict(suite, one, made.found[one.id], desk), left):
                 verdicts.add(verdict)
             yield from (verdicts.found[sample.id] for sample in some)
     done = read_lines(plan.folder.glob("verdicts-*.jsonl"), Verdict)
     if len(done) == len(samples):
-        write_json(plan.folder / "summary.json", summarised(suite, list(done.values())))
+        everything = read_lines(plan.folder.glob("made-*.jsonl"), Made)
+        told = summarised(suite, list(done.values()))
+        told["made by"] = Counter(one.by for one in everything.values())
+        write_json(plan.folder / "summary.json", told)
         if suite.submission is not None:
-            everything = read_lines(plan.folder.glob("made-*.jsonl"), Made)
             suite.submission([(sample, everything[sample.id]) for sample in samples], plan.folder)
 
 
@@ -296,14 +302,25 @@ def _kept(sample: Sample, values: Any, outputs: Path) -> Made:
         file = name.with_stem(f"{name.stem}-{place}") if len(values) > 1 else name
         if isinstance(value, Answer):
             parts.append(Part(text=str(value), thought=value.thought))
-        elif isinstance(value, list):
-            for number, frame in enumerate(value):
-                save_picture(frame, outputs / file / f"{number:03}.png")
-            parts.append(Part(file=file.as_posix()))
-        else:
-            save_picture(value, outputs / file)
-            parts.append(Part(file=file.as_posix(), thought=value.info.get("thought")))
+            continue
+        frames = (
+            {file / f"{n:03}.png": frame for n, frame in enumerate(value)}
+            if isinstance(value, list)
+            else {file: value}
+        )
+        pixels = hashlib.sha256()
+        for path, frame in frames.items():
+            save_picture(frame, outputs / path)
+            pixels.update(frame.tobytes())
+        thought = frames[file].info.get("thought") if file in frames else None
+        parts.append(Part(file=file.as_posix(), pixels=pixels.hexdigest(), thought=thought))
     return Made(id=sample.id, parts=tuple(parts), asked=asked.hexdigest())
+
+
+def _machine(bagel: Bagel) -> str:
+    weight = next(bagel.engine.model.parameters())
+    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
+    return f"{name}, {str(weight.dtype).removeprefix('torch.')}"
 
 
 def _verdict(suite: Suite, sample: Sample, made: Made, desk: Desk) -> Verdict:

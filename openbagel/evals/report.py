@@ -59,7 +59,10 @@ def _apart(folders: Sequence[Path]) -> list[str]:
         both = [
             (verdicts[0][name].scores, verdicts[number][name].scores)
             for name, one in made[number].items()
-            if made[0].get(name) == one and name in verdicts[0] and name in verdicts[number]
+            if name in made[0]
+            and made[0][name].parts == one.parts
+            and name in verdicts[0]
+            and name in verdicts[number]
         ]
         for score in dict.fromkeys(score for first, _ in both for score in first):
             off = [b[score] - a[score] for a, b in both if score in a and score in b]

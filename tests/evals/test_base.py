@@ -93,6 +93,7 @@ def test_every_sample_has_a_line_and_problems_are_counted(data: Path, tmp_path: 
     assert told["values"]["all"]["low"] < told["values"]["all"]["high"]
     answers = tiny.bagel().using(replace(tiny.SAMPLING, max_tokens=5))
     made = base.read_lines(plan.folder.glob("made-*"), Made)
+    assert told["made by"] == {"cpu, float32": 12}
     assert made["4"].text == answers.ask(data / "4.png", "question 4", seed=4)
     assert len({one.asked for one in made.values() if not one.problem}) == 10
     assert len(told["values"]) == 4

@@ -72,6 +72,17 @@ def test_runs_of_other_answers_are_not_compared_sample_by_sample(folders: list[P
     assert "against" not in compared([folders[0], plan.folder], {})
 
 
+def test_pictures_are_the_same_when_their_pixels_are(tmp_path: Path) -> None:
+    def folder(name: str, steps: int) -> Path:
+        plan = Plan(data=tmp_path, folder=tmp_path / name, options={"num_timesteps": steps})
+        list(base.run(replace(suite(0.0), reply="image"), plan, tiny.bagel, model="tiny"))
+        return plan.folder
+
+    first, same, other = folder("first", 3), folder("same", 3), folder("other", 4)
+    assert f"{same} against {first}: q the same in 100.0% of 5" in compared([first, same], {})
+    assert "against" not in compared([first, other], {})
+
+
 def test_the_page_shows_everything_and_runs_nothing(folders: list[Path], tmp_path: Path) -> None:
     (photo := tmp_path / "photo.png").touch()
     one = suite(0.0)
