@@ -168,10 +168,15 @@ class ModelSettings:
     ask: Sampling
     draws_by_itself: bool
     """Whether it was trained on markers, so that it knows when to write and when to draw."""
+    film: Sampling | None = None
     video_group: int = 4
     """Frames of a clip that are drawn together, at one time and in full attention."""
     world: str | None = None
     """The toy world it was trained on, if any."""
+
+    def filming(self, *, shown: bool, told: bool) -> Sampling:
+        """Of clips with or without frames and a text; where the model has none: of drawings and edits."""
+        return self.film or (self.edit if shown and told else self.draw)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from openbagel.evals.questions import FACTS
+
 Truth = Mapping[str, Any]
 MARKS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 """Words of MMMU's rule after which an open answer may come."""
@@ -17,6 +19,9 @@ NUMBERS = re.compile(
 WORDS = "none zero one two three four five six seven eight nine ten"
 DIGITS: dict[str, str] = dict(zip(WORDS.split(), "0 0 1 2 3 4 5 6 7 8 9 10".split(), strict=True))
 ARTICLES = ("a", "an", "the")
+WHOLE = FACTS["_shared"]["contractions"].split()
+CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in WHOLE for i, x in enumerate(word) if x == "'"}
+"""Of VQA's rule, with what people write when they leave an apostrophe out."""
 
 
 # yes or no, a letter ----------------------------------------------------------------------------------------
@@ -33,10 +38,19 @@ def yes_or_no(text: str, truth: Truth) -> float | None:
 
 
 def denied(text: str, truth: Truth) -> float:
-    """POPE's rule: no where the first sentence has the word no or not, else yes."""
+    """POPE's rule: no where the first sentence (of what is called the answer, after steps) has the word no or
+    not, else yes.
+    """
+    text = final(text) if truth["steps"] else text
     words = text.split(".")[0].replace(",", "").split(" ")
     said = "yes" if {"No", "no", "not"}.isdisjoint(words) else "no"
     return float(said == truth["answer"])
+
+
+def final(text: str) -> str:
+    """What a reply that was asked to go step by step calls its answer, else all of it."""
+    found = re.search(r"(?:final answer|answer):\s*(.*)", text, re.IGNORECASE)
+    return (found[1] if found else text).strip()
 
 
 def letter(text: str, options: Mapping[str, str]) -> str | None:
@@ -106,15 +120,15 @@ def agreement(text: str, answers: Sequence[str]) -> float:
 
 
 def plain(text: str) -> str:
-    """VQA's form of an answer: lower case, number words as digits, no articles, no punctuation. Apostrophes
-    go too: its own list puts them where people left them out, to the same end.
+    """VQA's form of an answer: lower case, number words as digits, no articles, no punctuation but the
+    apostrophe, which is put where it was left out of a contraction.
     """
-    text = re.sub("[,?']", "", text.lower().replace("'s", " s"))
+    text = re.sub("[,?]", "", text.lower()).replace("'s", " 's")
     text = whole = re.sub(r"\s", " ", text).strip()
     for mark in ';/[]"{}()=+\\_-><@`!':
         text = text.replace(mark, "" if f"{mark} " in whole or f" {mark}" in whole else " ")
     words = [DIGITS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).split()]
-    return " ".join(word for word in words if word not in ARTICLES)
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 # MathVista --------------------------------------------------------------------------------------------------

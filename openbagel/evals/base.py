@@ -132,24 +132,23 @@ class Desk:
     judge: Judge | None = None
 
     def picture(self, made: Made) -> Image.Image:
-        return open_picture(self.outputs / made.file)
+        return self.values(made)[0]
 
     def frames(self, made: Made) -> list[Image.Image]:
-        return self._opened(made.parts[0])
+        return self.values(made)[0]
 
     def values(self, made: Made) -> list[Any]:
         """Everything that was made as the model gave it: answers, pictures, lists of frames."""
-        return [self._opened(part) for part in made.parts]
-
-    def _opened(self, part: Part) -> Any:
-        path = self.outputs / part.file
-        if not part.file:
-            return Answer(part.text, part.thought)
-        if path.is_dir():
-            return [open_picture(frame) for frame in sorted(path.iterdir())]
-        picture = open_picture(path)
-        picture.info["thought"] = part.thought
-        return picture
+        found: list[Any] = []
+        for part in made.parts:
+            if not part.file:
+                found.append(Answer(part.text, part.thought))
+            elif (path := self.outputs / part.file).is_dir():
+                found.append([open_picture(frame) for frame in sorted(path.iterdir())])
+            else:
+                found.append(open_picture(path))
+                found[-1].info["thought"] = part.thought
+        return found
 
 
 Summary = Callable[[Sequence[Verdict]], dict[str, float]]
@@ -191,7 +190,7 @@ class Suite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How a suite is run. pictures: a folder of pictures made elsewhere, judged in place of the model's."""
+    """How a suite is run. threads: verdicts that are made at a time, as judges are waited for."""
 
     data: Path
     folder: Path
@@ -256,7 +255,8 @@ def run(
 def preset(bagel: Bagel, suite: Suite, plan: Plan) -> Bagel:
     """The model with a suite's published settings, and those that the plan asks for on top."""
     settings, options = bagel.config.settings, _options(suite, plan)
-    verbs = {verb: adjusted(getattr(settings, verb), options) for verb in ("draw", "edit", "ask")}
+    own = {verb: getattr(settings, verb) for verb in ("draw", "edit", "ask", "film")}
+    verbs = {verb: sampling and adjusted(sampling, options) for verb, sampling in own.items()}
     settings = replace(settings, **verbs)
     if suite.looks is not None and suite.looks.stride == settings.vit_limits.stride:
         settings = replace(settings, vit_limits=suite.looks, vae_limits=AS_THEY_ARE)
@@ -277,9 +277,8 @@ def _attempt(bagel: Bagel, suite: Suite, plan: Plan, sample: Sample) -> Request[
         with retold("broken picture: {error}", ValueError):
             parts = [open_picture(part) if isinstance(part, Path) else part for part in sample.parts]
         if suite.reply == "film":
-            sampling = bagel.config.settings.edit
             options = {"num_frames": sample.frames, "size": sample.size, "seed": sample.seed}
-            return [(yield from bagel.film_request(parts, sampling=sampling, **options))]
+            return [(yield from bagel.film_request(parts, **options))]
         return (
             yield from bagel.chat_request(
                 parts, reply=suite.reply, size=sample.size, seed=sample.seed, think=plan.think

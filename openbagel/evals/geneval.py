@@ -1,7 +1,11 @@
 """GenEval: are the objects of a prompt in the picture, in number, colour and place? A detector says.
 
-The rules are the published evaluator's; the detector is the same Mask2Former from transformers, with the
-post-processing of mmdet's instance branch: masks at the picture's own size, and boxes around them.
+The rules are the published evaluator's (djghosh13/geneval, evaluation/evaluate_images.py). The detector is
+Mask2Former with a Swin-S from transformers: its authors' weights, where the evaluator has those that mmdet 2
+trained. What is done around it is mmdet 2's (open-mmlab/mmdetection: configs/mask2former/
+mask2former_r50_lsj_8x2_50e_coco.py; mmdet/models/seg_heads/panoptic_fusion_heads/maskformer_fusion_head.py;
+mmdet/core/mask/utils.py): masks at the picture's own size, and boxes around them. Colours are told by CLIP as
+in LAION-AI/CLIP_benchmark (metrics/zeroshot_classification.py) but for its half precision.
 """
 
 import json
@@ -15,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from openbagel.checks import check_choice, extra, retold
@@ -36,9 +40,12 @@ MOST = 16
 APART = 0.1
 """Share of two objects' sides by which their centres must differ before one is beside the other."""
 GREY = "#999"
+LONGEST, SHORTEST, STEP, BORDER = 1333, 800, 32, 128
+"""What the detector sees: the largest size of these sides, filled up to whole steps with a grey."""
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
+PROMPTS = {"geneval": "evaluation_metadata.jsonl", "geneval-rewritten": "evaluation_metadata_long.jsonl"}
 PICTURES = 4
 """Of each prompt."""
 
@@ -115,11 +122,11 @@ def mask2former(source: str, device: str = "cpu") -> Callable[[Image.Image, floa
 
     def things(picture: Image.Image, sure: float) -> list[Thing]:
         width, height = picture.size
-        scale = min(1333 / max(width, height), 800 / min(width, height))
+        scale = min(LONGEST / max(width, height), SHORTEST / min(width, height))
         size = int(height * scale + 0.5), int(width * scale + 0.5)
-        pixels = F.interpolate(_pixels(picture), size, mode="bilinear").round()
-        padding = (0, -size[1] % 32, 0, -size[0] % 32)
-        pixels = F.pad(_normalised(pixels, MEAN, STD), padding).to(device)
+        filling = (0, -size[1] % STEP, 0, -size[0] % STEP)
+        pixels = F.pad(resized(_pixels(picture), size), filling, value=BORDER)
+        pixels = _normalised(pixels, MEAN, STD).to(device)
         with torch.inference_mode():
             logits_QC, masks_QHW = model(pixels)
             masks_QHW = F.interpolate(masks_QHW[None], pixels.shape[2:], mode="bilinear")[0]
@@ -149,14 +156,45 @@ def clip_colours(
         cuts = []
         for thing in things:
             alone = Image.composite(picture, blank, Image.fromarray(thing.mask.numpy()))
-            cut = alone.crop(thing.box)
-            cuts.append(_pixels(ImageOps.fit(cut, (side, side), Image.Resampling.BICUBIC)))
+            cuts.append(_pixels(_middle(alone.crop(thing.box), side)))
         with torch.inference_mode():
             pixels = _normalised(torch.cat(cuts) / 255, CLIP_MEAN, CLIP_STD).to(device)
             seen = model.visual_projection(model.vision_model(pixels).pooler_output)
             return [COLOURS[best] for best in (seen @ sentences_CD(name).T).argmax(-1).tolist()]
 
     return colours
+
+
+def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """float[1, 3, H, W] of whole numbers at `size`, as OpenCV's bilinear resize, which mmcv 1 calls
+    (open-mmlab/mmcv, mmcv/image/geometric.py), makes them of bytes: weights in 1/2048, what is too fine cut
+    off twice, then rounded.
+    """
+    tops, bottoms, ups, downs = _taps(pixels.shape[2], size[0])
+    lefts, rights, nears, fars = _taps(pixels.shape[3], size[1])
+    across = pixels[..., lefts].long() * nears + pixels[..., rights].long() * fars >> 4
+    rows = (across[:, :, tops] * ups[:, None] >> 16) + (across[:, :, bottoms] * downs[:, None] >> 16)
+    return (rows + 2 >> 2).float()
+
+
+def _taps(length: int, size: int) -> tuple[Tensor, ...]:
+    """For each of `size` new pixels the two old ones beside its centre, and their weights in 1/2048."""
+    places = ((torch.arange(size, dtype=torch.float64) + 0.5) * (length / size) - 0.5).float()
+    first = places.floor()
+    weight = ((places - first) * 2048).round().long()
+    ends = (first.long().clamp(0, length - 1), (first.long() + 1).clamp(0, length - 1))
+    return *ends, 2048 - weight, weight
+
+
+def _middle(picture: Image.Image, side: int) -> Image.Image:
+    """A square from the middle, after the shorter side was brought to `side`, the longer one rounded down
+    (mlfoundations/open_clip, src/open_clip/transform.py, by torchvision's Resize and CenterCrop).
+    """
+    shortest = min(picture.size)
+    width, height = (side * length // shortest for length in picture.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    whole = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return whole.crop((left, top, left + side, top + side))
 
 
 def _pixels(picture: Image.Image) -> Tensor:
@@ -284,8 +322,8 @@ def score(eyes: Callable[[Path], Eyes], sample: Sample, made: Made, desk: Desk) 
             if len(some := found.setdefault(classes[thing.label], [])) < MOST:
                 some.append(thing)
         wrong = faults(wanted, found, partial(see.colours, picture))
-    right = {"right": float(not wrong)}
-    return Verdict(id=sample.id, group=sample.group, scores=right, reason="; ".join(wrong))
+    scores = {"right": float(not wrong)}
+    return Verdict(id=sample.id, group=sample.group, scores=scores, reason="; ".join(wrong))
 
 
 def summary(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -308,11 +346,6 @@ def metadata(done: Sequence[tuple[Sample, Made]], folder: Path) -> Path:
 
 
 GENEVAL, GENEVAL_REWRITTEN = (
-    suite(
-        name, partial(samples, f"{file}.jsonl"), partial(score, published_eyes), summary, submission=metadata
-    )
-    for name, file in {
-        "geneval": "evaluation_metadata",
-        "geneval-rewritten": "evaluation_metadata_long",
-    }.items()
+    suite(name, partial(samples, file), partial(score, published_eyes), summary, submission=metadata)
+    for name, file in PROMPTS.items()
 )

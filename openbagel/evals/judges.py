@@ -27,6 +27,9 @@ from openbagel.files import read_json, write_json
 from openbagel.picture_files import png
 
 T = TypeVar("T", bound=Hashable)
+Shown = Sequence[Image.Image | str]
+"""Pictures, and texts between them."""
+Tokens = tuple[int, int]
 RETRIED = {408, 409, 429, 500, 502, 503, 504}
 
 
@@ -39,7 +42,8 @@ class Endpoint:
     """Who judges. key_variable: the environment variable that holds the key, if one is needed.
 
     votes: how often each question is put; most of the readable replies decide. per_minute: calls at most.
-    price: money for a million tokens (in, out); no call is made once most_cost is spent.
+    price: money for a million tokens (in, out); no call is made once most_cost is spent. max_tokens: of a
+    reply; the most that a benchmark's own script allows.
     """
 
     url: str
@@ -47,7 +51,7 @@ class Endpoint:
     key_variable: str = "OPENAI_API_KEY"
     votes: int = 1
     temperature: float = 0.0
-    max_tokens: int = 2048
+    max_tokens: int = 4096
     per_minute: float = 600.0
     price: tuple[float, float] = (0.0, 0.0)
     most_cost: float = 1e9
@@ -68,7 +72,7 @@ class Reply:
     judge: str
     date: str
     question: str
-    tokens: tuple[int, int] = (0, 0)
+    tokens: Tokens = (0, 0)
 
 
 @dataclass(slots=True)
@@ -83,18 +87,22 @@ class Judge:
     _lock: Lock = field(default_factory=Lock)
     _next: float = 0.0
 
-    def ask(self, question: str, pictures: Sequence[Image.Image] = (), *, vote: int = 0) -> Reply:
-        """One reply. `Absent` when the endpoint refuses, stays away or the money is spent."""
-        files = [png(picture.convert("RGB")) for picture in pictures]
-        told = [self.endpoint.model, self.endpoint.temperature, self.endpoint.max_tokens, vote, question]
+    def ask(self, question: str, pictures: Shown = (), *, vote: int = 0, system: str = "") -> Reply:
+        """One reply; system: what goes before the question as a system's message. `Absent` when the endpoint
+        refuses, stays away or the money is spent.
+        """
+        shown = [one if isinstance(one, str) else png(one.convert("RGB")) for one in pictures]
+        endpoint, labels = self.endpoint, [one for one in shown if isinstance(one, str)]
+        whole = "\n".join([*([system] if system else []), question, *labels])
+        told = [endpoint.model, endpoint.temperature, endpoint.max_tokens, vote, whole]
         digest = hashlib.sha256(json.dumps(told).encode())
-        for file in files:
-            digest.update(hashlib.sha256(file).digest())
+        for one in shown:
+            digest.update(hashlib.sha256(one.encode() if isinstance(one, str) else one).digest())
         path = self.cache / f"{digest.hexdigest()}.json"
         if path.is_file():
             return from_json(Reply, read_json(path), str(path))
-        said, tokens = self._called(question, files, vote)
-        asked = hashlib.sha256(question.encode()).hexdigest()
+        said, tokens = self._called(system, [question, *shown], vote)
+        asked = hashlib.sha256(whole.encode()).hexdigest()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         reply = Reply(text=said, judge=self.endpoint.model, date=now, question=asked, tokens=tokens)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,23 +112,28 @@ class Judge:
         return reply
 
     def decide(
-        self, question: str, pictures: Sequence[Image.Image], parse: Callable[[str], T | None]
+        self, question: str, pictures: Shown, parse: Callable[[str], T | None], system: str = ""
     ) -> tuple[T | None, list[Reply]]:
         """What most of the votes say, the first of those that say it breaking ties, and all replies; None
         where `parse` can read none of them.
         """
-        replies = [self.ask(question, pictures, vote=vote) for vote in range(self.endpoint.votes)]
+        votes = range(self.endpoint.votes)
+        replies = [self.ask(question, pictures, vote=vote, system=system) for vote in votes]
         read = [value for value in (parse(reply.text) for reply in replies) if value is not None]
         return (Counter(read).most_common(1)[0][0] if read else None), replies
 
-    def _called(self, question: str, files: list[bytes], vote: int) -> tuple[str, tuple[int, int]]:
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        for file in files:
-            url = "data:image/png;base64," + base64.b64encode(file).decode()
+    def _called(self, system: str, parts: list[str | bytes], vote: int) -> tuple[str, Tokens]:
+        content: list[dict[str, Any]] = []
+        for part in parts:
+            if isinstance(part, str):
+                content.append({"type": "text", "text": part})
+                continue
+            url = "data:image/png;base64," + base64.b64encode(part).decode()
             content.append({"type": "image_url", "image_url": {"url": url}})
+        before = [{"role": "system", "content": system}] if system else []
         body = {
             "model": self.endpoint.model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": [*before, {"role": "user", "content": content}],
             "temperature": self.endpoint.temperature,
             "max_tokens": self.endpoint.max_tokens,
             "seed": vote,

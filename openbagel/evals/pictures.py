@@ -23,7 +23,6 @@ from openbagel.evals.questions import (
     Worth,
     average,
     filled,
-    grouped,
     instructions,
     judged,
     means,
@@ -54,7 +53,7 @@ WISE_SCORES = ("Consistency", "Realism", "Aesthetic Quality")
 
 
 def wise_samples(data: Path) -> Iterator[Sample]:
-    template = instructions(next(data.glob("gpt_eval*.py"), data / "gpt_eval.py"), "")[""]
+    texts = instructions(next(data.glob("gpt_eval*.py"), data / "gpt_eval.py"), "")
     read = named(*WISE_SCORES, low=0, high=2)
 
     def make(row: Any) -> Sample:
@@ -62,8 +61,9 @@ def wise_samples(data: Path) -> Iterator[Sample]:
         area = list(AREAS)[3 + (number - 701) // 100] if number > 700 else "cultural"
         if 400 < number <= 700:
             area = "time" if kind.endswith("time") else "space"
-        text = filled(template, Prompt=prompt, Explanation=row["Explanation"])
-        return _sample(str(number), (prompt,), area, Question(text, (None,), WISE_SCORES, read))
+        text = filled(texts[""], Prompt=prompt, Explanation=row["Explanation"])
+        question = Question(text, (None,), WISE_SCORES, read, system=texts.get("system", ""))
+        return _sample(str(number), (prompt,), area, question)
 
     return samples_of(rows(data / "final_data.json"), make)
 
@@ -140,8 +140,8 @@ def gedit_worth(group: str, said: dict[str, float]) -> dict[str, float]:
 def gedit_summary(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Means over the kinds' means, of the full set and of the intersection; each kind's overall."""
     names = [f"{name}{part}" for part in ("", SHARED) for name in ("SC", "PQ", "O")]
-    whole = {name: average(map(average, grouped(verdicts, name).values())) for name in names}
-    return {**whole, **means(verdicts, "O", sorted({verdict.group for verdict in verdicts}))}
+    whole = {name: average(means(verdicts, name).values()) for name in names}
+    return {**whole, **means(verdicts, "O")}
 
 
 def gedit_sources(done: Sequence[tuple[Sample, Made]], folder: Path) -> Path:
@@ -187,14 +187,9 @@ def imgedit_worth(group: str, said: dict[str, float]) -> dict[str, float]:
 
 def imgedit_summary(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """overall is over all samples, as the reference has it; most tables show the mean of the kinds."""
-    found, overall = means(verdicts, "score", IMGEDIT_KINDS), mean(verdicts, "score")
-    bounded = mean(verdicts, "bounded")
-    return {
-        **found,
-        "overall": overall,
-        "mean of kinds": average(found.values()),
-        "overall, bounded": bounded,
-    }
+    found = means(verdicts, "score", IMGEDIT_KINDS)
+    whole = {"overall": mean(verdicts, "score"), "mean of kinds": average(found.values())}
+    return {**found, **whole, "overall, bounded": mean(verdicts, "bounded")}
 
 
 IMGEDIT = _suite("imgedit", imgedit_samples, imgedit_worth, imgedit_summary)
@@ -222,6 +217,7 @@ KRIS_TEXTS = {
     "viewpoint_change": ("prompt_consist", "prompt_view_instruction_following"),
 }
 """Of the kinds that are asked about in their own words: for consistency, and for the instruction."""
+EDITED = "This is the edited image:"
 CONSISTENCY, QUALITY_SCORE = ("consistency_score",), ("quality_score",)
 FOLLOWS, KNOWS = ("instruction_score",), ("instruction_score", "knowledge_score")
 
@@ -239,24 +235,27 @@ def _kris_sample(texts: Mapping[str, str], data: Path, item: Any) -> Sample:
     names, wish = row["ori_img"], row["ins_en"]
     sources = tuple(data / kind / name for name in ([names] if isinstance(names, str) else names))
     consistency, instruction = KRIS_TEXTS.get(kind, ("prompt_consist", "prompt_instruction_following"))
-    pictures, truths, scores = (*sources, None), (), FOLLOWS
+    shown: dict[str, Path | None] = {"This is the original image:": sources[0], EDITED: None}
+    truth, scores = dict[str, Path | None](), FOLLOWS
     if "science" in KRIS_KINDS[kind] or KRIS_KINDS[kind] == "logical reasoning":
         instruction, scores = "prompt_dual_evaluation", KNOWS
     if kind == "viewpoint_change":
-        truths = (data / kind / row["gt_img"],)
-    if kind == "temporal_prediction":  # one of four frames is drawn, and shown in its place
+        truth = {"This is the ground truth image:": data / kind / row["gt_img"]}
+    elif kind == "temporal_prediction":  # one of four frames is drawn, and shown in its place
         frames: dict[int, Path | None] = {int(path.stem.rpartition("-")[2]): path for path in sources}
         frames[min({1, 2, 3, 4} - frames.keys(), default=5)] = None
-        pictures = tuple(frames[number] for number in sorted(frames))
+        whose = {n: "Reference" if frames[n] else "Generated" for n in sorted(frames)}
+        shown = {f"Frame {n} ({who}):": frames[n] for n, who in whose.items()}
+    elif len(sources) > 1:
+        shown = {f"Reference Image {n}:": p for n, p in enumerate(sources, 1)} | {"Predicted Image:": None}
 
-    def asked(name: str, shown: tuple[Path | None, ...], scores: tuple[str, ...]) -> Question:
-        told = ("edited" if p is None else "ground truth" if p in truths else "original" for p in shown)
+    def asked(name: str, shown: Mapping[str, Path | None], scores: tuple[str, ...]) -> Question:
         text = filled(texts[name], instruct=wish, explanation=row.get("explain_en", ""))
-        text += f"\nThe pictures, in order: {', '.join(told)}."
-        return Question(text, shown, scores, named(*scores, low=1, high=5))
+        parts = tuple(part for labelled in shown.items() for part in labelled)
+        return Question(text, parts, scores, named(*scores, low=1, high=5))
 
-    first, last = asked(consistency, pictures, CONSISTENCY), asked("prompt_quality", (None,), QUALITY_SCORE)
-    second = asked(instruction, (*pictures, *truths), scores)
+    first, second = asked(consistency, shown, CONSISTENCY), asked(instruction, {**shown, **truth}, scores)
+    last = asked("prompt_quality", {EDITED: None}, QUALITY_SCORE)
     return _sample(f"{kind}/{key}", (*sources, wish), kind, first, second, last)
 
 

@@ -1,5 +1,5 @@
-"""What benchmarks of drawing share: published facts, rows of published files, questions made of published
-instructions, and replies that are read by rule.
+"""What benchmarks share: published facts, rows of published files, questions made of published instructions,
+and replies that are read by rule.
 
 The instructions to judges are their authors': they are read from the benchmarks' own files when these are
 run, and no code of such a file is.
@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from PIL import Image
 
 from openbagel.checks import check_choice, retold
 from openbagel.config import read_yaml
-from openbagel.evals.base import Desk, Made, Sample, Suite, Summary, Verdict
+from openbagel.evals.base import Desk, Made, Sample, Suite, Summary, Verdict, mean
 from openbagel.evals.judges import Reply
 from openbagel.picture_files import open_picture, picture_size
 
@@ -41,11 +41,13 @@ NUMBER = r"(\[[\d\s,.]+\]|\d+(?:\.\d+)?)"
 def suite(
     name: str, samples: Callable[[Path], Iterable[Sample]], score: Any, summary: Summary, **more: Any
 ) -> Suite:
-    """A benchmark of drawing, with the facts of benchmarks.yaml: what it needs, its published settings and
-    rows. What `samples` cannot read is told with what is needed.
+    """A benchmark, with the facts of benchmarks.yaml: what it needs, its published settings and rows. What
+    `samples` cannot read is told with what is needed.
     """
     facts = dict(FACTS[name])
-    rows = dict(facts.pop("rows"))
+    if data := facts.pop("data", {}):
+        facts["needs"] = f"{', '.join((*data['files'], *data.get('texts', ())))} from {data['where']}"
+    rows = dict(facts.pop("rows", {"values": ()}))
     names = rows.pop("values")
     known = {model: zip(names, row, strict=False) for model, row in rows.items()}
     told = {model: {value: x for value, x in row if x is not None} for model, row in known.items()}
@@ -55,32 +57,35 @@ def suite(
             yield from samples(data)
 
     made = {"samples": read, "score": score, "summary": summary, "reply": "image", "published": told}
-    return Suite(name=name, **facts, **made, **more)
+    return Suite(name=name, **facts, **{**made, **more})
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """What a judge is asked about one sample: `read` finds scores of these names in its reply.
 
-    pictures: files, and None for what was made, in order. largest: their longest side in pixels, if bounded.
-    matched: all are brought to the size of the first.
+    pictures: files, None for what was made, and texts between them, in order. largest: their longest side in
+    pixels, if bounded. matched: all are brought to the size of the first. system: what the judge is told
+    before.
     """
 
     text: str
-    pictures: tuple[Path | None, ...]
+    pictures: tuple[Path | str | None, ...]
     names: tuple[str, ...]
     read: Read
     largest: int | None = None
     matched: bool = False
+    system: str = ""
 
     def shown(self, made: Made, desk: Desk) -> list[Any]:
-        pictures = [open_picture(path) if path else desk.picture(made) for path in self.pictures]
-        for place, picture in enumerate(pictures):
-            if self.matched:
-                pictures[place] = picture.resize(pictures[0].size)
-            if self.largest:
-                picture.thumbnail((self.largest, self.largest))
-        return pictures
+        shown: list[Any] = []
+        for part in self.pictures:
+            if not isinstance(part, str):
+                part = open_picture(part) if part else desk.picture(made)
+                part = part.resize(shown[0].size) if self.matched and shown else part
+                part.thumbnail((self.largest, self.largest) if self.largest else part.size)
+            shown.append(part)
+        return shown
 
 
 def judged(sample: Sample, made: Made, desk: Desk, *, worth: Worth) -> Verdict:
@@ -94,7 +99,7 @@ def judged(sample: Sample, made: Made, desk: Desk, *, worth: Worth) -> Verdict:
             pictures = question.shown(made, desk)
         except ValueError as error:
             return replace(verdict, problem=f"broken picture: {error}", replies=tuple(replies))
-        values, some = desk.judge.decide(question.text, pictures, question.read)
+        values, some = desk.judge.decide(question.text, pictures, question.read, question.system)
         replies += some
         if values is None:
             return replace(verdict, problem=f"unreadable reply: {question.names}", replies=tuple(replies))
@@ -126,7 +131,8 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def instructions(path: Path, *names: str) -> dict[str, str]:
-    """The texts that a Python file gives names to; under "" its longest f-string, `x["Slot"]` as {Slot}.
+    """The texts that a Python file gives names to; under "" its longest f-string, `x["Slot"]` as {Slot}; as
+    "system" the text of an OpenAI-shaped message's part that has no slots.
 
     ValueError when it lacks one of `names`.
     """
@@ -137,6 +143,8 @@ def instructions(path: Path, *names: str) -> dict[str, str]:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text))):
                 found[name] = text
+            case ast.Dict(values=[ast.Constant(value="text"), ast.Constant(value=str(text))]):
+                found["system"] = text
             case ast.JoinedStr(values=parts):
                 found[""] = max("".join(map(_piece, parts)), found.get("", ""), key=len)
     for name in names:
@@ -224,19 +232,10 @@ def named(*names: str, low: float, high: float) -> Read:
     return reader(*(name.replace("_", r"[_\s]*") + mark + NUMBER for name in names), low=low, high=high)
 
 
-def grouped(verdicts: Iterable[Verdict], score: str) -> dict[str, list[float]]:
-    """The values of one score by group."""
-    found: dict[str, list[float]] = {}
-    for verdict in verdicts:
-        if score in verdict.scores:
-            found.setdefault(verdict.group, []).append(verdict.scores[score])
-    return found
-
-
-def means(verdicts: Iterable[Verdict], score: str, groups: Iterable[str]) -> dict[str, float]:
-    """The mean of each group; NaN where there is nothing."""
-    found = grouped(verdicts, score)
-    return {group: average(found.get(group, ())) for group in groups}
+def means(verdicts: Sequence[Verdict], score: str, groups: Iterable[str] | None = None) -> dict[str, float]:
+    """The mean of each group, else of each that there is; NaN where there is nothing."""
+    groups = sorted({verdict.group for verdict in verdicts}) if groups is None else groups
+    return {group: mean(verdicts, score, group) for group in groups}
 
 
 def average(values: Iterable[float]) -> float:

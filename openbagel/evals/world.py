@@ -149,7 +149,7 @@ def _converse(plan: Plan, bagel: Bagel, sample: Sample, think: bool) -> Request[
             reply = yield from bagel.write_request(heard, seed=seed, think=think)
         elif isinstance(step, Films):
             count = len(step.views)
-            reply = yield from bagel.film_request(heard, num_frames=count, seed=seed, sampling=sampling)
+            reply = yield from bagel.film_request(heard, num_frames=count, seed=seed)
         else:
             options = {"size": None, "seed": seed, "think": think}
             reply = yield from bagel.draw_request(heard, sampling=sampling, **options)

@@ -135,7 +135,7 @@ def _combined(guidance: Guidance, velocities: list[Tensor]) -> Tensor:
 
 
 def _warn_without_effect(branches: Branches, guidance: Guidance) -> None:
-    if guidance.text > 1 and branches.text.lineage == branches.cond.lineage:
+    if guidance.text > 1 and not guidance.uses_image and branches.text.lineage == branches.cond.lineage:
         warnings.warn(
             "text guidance has no effect: the input ends with a picture, or has no text", stacklevel=2
         )

@@ -89,7 +89,7 @@ def test_a_model_films(clips: Path, tmp_path: Path) -> None:
     plan = Plan(data=clips, folder=tmp_path / "run", options={"num_timesteps": 3})
     verdicts = list(base.run(NEXT_FRAMES, plan, tiny.bagel, model="tiny"))
     assert [bool(one.problem) for one in verdicts] == [False, True, False]
-    sampling = replace(tiny.bagel().config.settings.edit, num_timesteps=3)
+    sampling = replace(tiny.bagel().config.settings.draw, num_timesteps=3)
     alone = tiny.bagel().using(sampling).continue_video([clips / "0.png", clips / "51.png"], 2)
     with Image.open(plan.folder / "outputs" / "up" / "001.png") as drawn:
         assert drawn.tobytes() == alone[1].tobytes()

@@ -196,9 +196,43 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def test_the_detector_runs_as_published(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The picture reaches the model at a shorter side of 800, padded to 32, and its masks come back at the
-    picture's own size.
+def rows_of(*values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)[None, None].repeat(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("before", "size", "after"),
+    [
+        ([[0, 255]], (1, 4), [[0, 64, 191, 255]]),  # 63.75 and 191.25; beyond the centres the border goes on
+        # weights 205 and 1843: 3 x 1843 / 2048 + 8 x 205 / 2048 is 3.5; its quarters are cut to 10 and 3
+        ([[3], [8]], (5, 1), [[3], [3], [6], [7], [8]]),
+        ([[0], [1]], (1, 1), [[1]]),  # a half goes up
+        ([[1, 2], [3, 5]], (2, 2), [[1, 2], [3, 5]]),
+    ],
+)
+def test_pictures_are_resized_as_by_opencv(
+    before: list[list[int]], size: tuple[int, int], after: list[list[int]]
+) -> None:
+    assert torch.equal(geneval.resized(rows_of(*before), size), rows_of(*after))
+
+
+@pytest.mark.parametrize(
+    ("shape", "inside", "whole"),
+    [
+        ((15, 10), (800, 1200), (800, 1216)),  # 800 / 10 is less than 1333 / 15
+        ((20, 10), (667, 1333), (672, 1344)),  # 1333 / 20; half of it, 666.5, goes up
+        ((12, 12), (800, 800), (800, 800)),
+    ],
+)
+def test_the_detector_runs_as_published(
+    detector: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int],
+    inside: tuple[int, int],
+    whole: tuple[int, int],
+) -> None:
+    """The picture reaches the model at most 1333 x 800 large, filled up with grey to steps of 32, and its
+    masks come back at the picture's own size.
     """
     import transformers
 
@@ -214,23 +248,28 @@ def test_the_detector_runs_as_published(detector: Path, monkeypatch: pytest.Monk
         return told
 
     monkeypatch.setattr(transformers.Mask2FormerModel, "forward", watched)
-    picture = noise(15, 10)
+    picture = noise(*shape)
     found = geneval.mask2former(str(detector))(picture, 0.0)
     pixels, told = seen[0]
-    assert pixels.shape == (1, 3, 800, 1216)  # 1200 and padding
-    assert pixels[..., 1200:].abs().max() == 0
+    assert pixels.shape == (1, 3, *whole)
+    grey = (128 - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor([58.395, 57.12, 57.375])
+    for filled in (pixels[0, :, inside[0] :], pixels[0, :, :, inside[1] :]):
+        assert torch.allclose(filled, grey[:, None, None].expand(filled.shape))
     ours = pixels[0, 1, 0, 0] * 57.12 + 116.28
-    assert ours.item() == pytest.approx(float(np.asarray(picture)[0, 0, 1]), abs=0.51)
+    assert ours.item() == pytest.approx(float(np.asarray(picture)[0, 0, 1]), abs=0.01)
     masks = told.masks_queries_logits[-1][0]
-    whole = torch.nn.functional.interpolate(masks[None], (800, 1216), mode="bilinear")[0, :, :, :1200]
+    large = torch.nn.functional.interpolate(masks[None], whole, mode="bilinear")[
+        0, :, : inside[0], : inside[1]
+    ]
     from safetensors.torch import load_file
 
     weights = load_file(detector / "model.safetensors")
     last = told.transformer_decoder_intermediate_states[-1].transpose(0, 1)[0]
     logits = last @ weights["class_predictor.weight"].T + weights["class_predictor.bias"]
     assert logits.shape == (6, 4)
-    same(found, slow(logits.double().numpy(), whole.double().numpy(), (10, 15), 100))
-    assert found and found[0].mask.shape == (10, 15)
+    size = (shape[1], shape[0])
+    same(found, slow(logits.double().numpy(), large.double().numpy(), size, 100))
+    assert found and found[0].mask.shape == size
 
 
 def test_colours_are_those_of_the_nearest_sentence(tmp_path: Path) -> None:
@@ -284,10 +323,11 @@ def test_colours_are_those_of_the_nearest_sentence(tmp_path: Path) -> None:
             alone = np.where(one.mask.numpy()[..., None], np.asarray(picture), grey)[
                 one.box[1] : one.box[3], one.box[0] : one.box[2]
             ]
-            trimmed = (alone.shape[1] - alone.shape[0]) // 2  # the wider one's middle
-            square = Image.fromarray(alone[:, trimmed : trimmed + alone.shape[0]]).resize(
-                (16, 16), Image.Resampling.BICUBIC
-            )
+            wide = {16: 16, 40: 21}[alone.shape[1]]  # 16 x 40 / 30 is 21.3, and of 21 2 are cut off first
+            small = Image.fromarray(alone).resize((wide, 16), Image.Resampling.BICUBIC)
+            square = small.crop(((wide - 16) // 2, 0, (wide - 16) // 2 + 16, 16))
+            cut = geneval._middle(Image.fromarray(alone), 16)
+            assert np.array_equal(np.asarray(cut), np.asarray(square))
             pixels = (np.asarray(square) / 255 - geneval.CLIP_MEAN) / geneval.CLIP_STD
             row = model.visual_projection(
                 model.vision_model(torch.tensor(pixels).permute(2, 0, 1)[None].float()).pooler_output

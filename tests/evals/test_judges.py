@@ -49,6 +49,15 @@ def test_what_is_sent_and_kept(tmp_path: Path, key: str) -> None:
         assert second.ask("how good?", [RED]) == reply and second.calls == 0
         others = [second.ask("how bad?", [RED]), second.ask("how good?", [BLUE]), second.ask("how good?")]
         assert len({reply.text for reply in others}) == 3 == second.calls
+        told = second.ask("how good?", [RED], system="be strict")
+        assert asked[-1]["messages"][0] == {"role": "system", "content": "be strict"}
+        assert asked[-1]["messages"][1] == body["messages"][0]
+        assert told.question != reply.question and len(asked) == 5
+        labelled = second.ask("how good?", ["before:", RED, "after:", BLUE])
+        content = asked[-1]["messages"][0]["content"]
+        assert [part.get("text") for part in content] == ["how good?", "before:", None, "after:", None]
+        assert labelled.question not in (told.question, reply.question)
+        assert second.ask("how good?", [RED], system="be strict") == told and len(asked) == 6
         other = Judge(replace(second.endpoint, model="wiser"), tmp_path / "cache")
         assert other.ask("how good?", [RED]).judge == "wiser"
 

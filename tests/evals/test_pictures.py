@@ -44,7 +44,7 @@ def python(path: Path, **texts: str) -> None:
 
 
 Asked = list[tuple[str, int]]
-"""The questions and how many pictures came with each."""
+"""The questions, with the texts between pictures, and how many pictures came with each."""
 
 
 def judged(
@@ -54,8 +54,9 @@ def judged(
     asked: Asked = []
 
     def answer(body: dict[str, Any], number: int) -> tuple[int, Any]:
-        content = body["messages"][0]["content"]
-        asked.append((content[0]["text"], len(content) - 1))
+        content = body["messages"][-1]["content"]
+        texts = [part["text"] for part in content if "text" in part]
+        asked.append(("\n".join(texts), len(content) - len(texts)))
         return 200, say(*asked[-1])
 
     with judge_server(answer) as (url, _):
@@ -200,6 +201,8 @@ def test_instructions_are_read_and_not_run(tmp_path: Path) -> None:
     assert instructions(path) == {"short": "a", "": "Rate {Prompt} {so} by {Explanation}"}
     with pytest.raises(ValueError, match="did you mean 'short'"):
         instructions(path, "shirt")
+    path.write_text('said = [{"role": "system", "content": [{"type": "text", "text": "Be strict."}]}]')
+    assert instructions(path) == {"system": "Be strict."}
     path.write_text("def broken(")
     with pytest.raises(ValueError, match="no Python file"):
         instructions(path)
@@ -229,7 +232,9 @@ def test_wise(tmp_path: Path) -> None:
         for n, kind in kinds.items()
     ]
     write(data / "final_data.json", [*listed, {"prompt_id": 1000}, listed[0], 7])
-    (data / "gpt_eval.py").write_text("def ask(p):\n    return f\"{p['Prompt']}: {p['Explanation']}\"\n")
+    code = "def ask(p):\n    return f\"{p['Prompt']}: {p['Explanation']}\"\n"
+    before = 'part = {"type": "text", "text": "Be strict."}\n'
+    (data / "gpt_eval.py").write_text(before + code)
     replies = {
         "1": "Consistency: 2\nRealism: 1\nAesthetic Quality: 1",
         "401": "Consistency: 1\nRealism: 0\nAesthetic Quality: 2",
@@ -251,6 +256,8 @@ def test_wise(tmp_path: Path) -> None:
     assert found["overall"] == pytest.approx(2.5 / 4)
     assert found["overall, weighted"] == pytest.approx((340 + 167 * 0.45 + 133 * 0.2 + 100) / 800)
     assert (tmp_path / "run" / "outputs" / "701.png").is_file()
+    (question,) = next(iter(pictures.WISE.samples(data))).truth["questions"]
+    assert question.system == "Be strict."
     assert json.loads((tmp_path / "run" / "run.json").read_text())["options"]["guidance_interval"] == [
         0.4,
         1.0,
@@ -436,11 +443,15 @@ def test_kris(tmp_path: Path) -> None:
         return "no score" if "w6" in text else '{"instruction_score": 3}'
 
     told, verdicts, asked = judged(pictures.KRIS, tmp_path, say)
-    order = "\nThe pictures, in order: "
-    assert (f"prompt_view_instruction_following w3{order}original, edited, ground truth.", 3) in asked
-    assert (f"prompt_consist_temporal w4{order}original, original, edited, original.", 4) in asked
-    assert (f"dual w5 leaves{order}original, edited.", 2) in asked
-    assert (f"quality {{X}}{order}edited.", 1) in asked
+    original, edited = "This is the original image:", "This is the edited image:"
+    truth = "This is the ground truth image:"
+    frames = [f"Frame {n} ({'Generated' if n == 3 else 'Reference'}):" for n in (1, 2, 3, 4)]
+    assert (f"prompt_view_instruction_following w3\n{original}\n{edited}\n{truth}", 3) in asked
+    assert ("\n".join(["prompt_consist_temporal w4", *frames]), 4) in asked
+    assert (f"dual w5 leaves\n{original}\n{edited}", 2) in asked
+    assert (f"quality {{X}}\n{edited}", 1) in asked
+    three = "Reference Image 1:\nReference Image 2:\nPredicted Image:"
+    assert (f"prompt_consist_multi w6\n{three}", 3) in asked
     assert told["problems"] == {"broken picture": 1, "unreadable reply": 1}
     found = values(told)
     # (4 - 1) 25 = 75, 100, (3 - 1) 25 = 50; biology 75, 100, 25, 0

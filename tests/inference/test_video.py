@@ -222,3 +222,21 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(ValueError, match=r"needs av: pip install 'openbagel\[video\]'"):
             attempt()
     clip_writer(tmp_path / "clip.gif", 4.0)(shades())
+
+
+def test_a_models_own_way_of_filming(bagel: Bagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a text the guidance of pictures alone leads: image + s·(cond - image)."""
+    guidance = Guidance(text=3.0, image=2.0, interval=(0.0, 1.0), renorm_min=1.0)
+    settings = bagel.config.settings
+    own = replace(settings, film=replace(settings.edit, guidance=guidance), video_group=1)
+    camera = bagel.with_settings(own)
+    with warnings.catch_warnings(), spied(camera, monkeypatch) as spy:
+        warnings.simplefilter("error")
+        drawn = camera.continue_video(GIVEN, 2, seed=3)
+    rows = {len(forward.rows) for _, forward, _ in spy.drawings}
+    assert rows == {2}  # what sees everything stands for what sees no text, too
+    assert bytes_of(drawn) == bytes_of(bagel.continue_video(GIVEN, 2, seed=3, guidance=guidance, group=1))
+    assert bytes_of(drawn) != bytes_of(bagel.continue_video(GIVEN, 2, seed=3, group=1))
+    assert settings.filming(shown=True, told=True) == settings.edit
+    assert settings.filming(shown=True, told=False) == settings.draw
+    assert own.filming(shown=False, told=True) == own.film
