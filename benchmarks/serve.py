@@ -28,7 +28,7 @@ import httpx
 
 from benchmarks import hostile
 from benchmarks.hostile import CHAT, DRAWINGS, EDITS, form
-from benchmarks.server import Server, Watch, health, serving
+from benchmarks.server import SECONDS, Server, Watch, health, post_at_once, serving
 from openbagel.weights import save_checkpoint
 from tests import tiny
 
@@ -36,7 +36,6 @@ CAPS = {"steps": 50, "tokens": 8, "n": 2, "body_seconds": 3.0, "output_pixels": 
 SHORT = {"prompt": "a red circle", "num_inference_steps": 3, "size": "8x8"}
 SECRET = "the canary sings at midnight"
 LARGE_BYTES = 300 * 10**6
-SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,37 +272,31 @@ class Pour:
 # who asks --------------------------------------------------------------------------------------------------
 
 
-async def _post(server: Server, body: dict[str, Any], stay: float | None) -> tuple[int, dict[str, str]]:
-    """Status and headers of a drawing; 0 where the client left before, or the server hung up."""
-    reader, writer = await asyncio.open_connection(*server.place)
-    try:
-        data = json.dumps(body).encode()
-        head = f"POST {DRAWINGS} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
-        head += f"connection: close\r\ncontent-length: {len(data)}\r\n\r\n"
-        writer.write(head.encode() + data)
-        async with asyncio.timeout(stay):
-            told = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-            await reader.read()
-        return int(told[0].split()[1]), dict(line.lower().split(": ", 1) for line in told[1:] if line)
-    except (TimeoutError, OSError, asyncio.IncompleteReadError):
-        return 0, {}
-    finally:
-        writer.transport.abort()
+def _posted(body: dict[str, Any]) -> str:
+    """A drawing's request as it goes over the line."""
+    data = json.dumps(body)
+    head = f"POST {DRAWINGS} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    return f"{head}content-length: {len(data)}\r\n\r\n{data}"
+
+
+def _heard(answer: str) -> tuple[int, dict[str, str]]:
+    """Status and headers of an answer; 0 where there is none."""
+    status, *lines = answer.partition("\r\n\r\n")[0].split("\r\n")
+    return int(status.split()[1]) if status else 0, dict(line.lower().split(": ", 1) for line in lines)
 
 
 def crowd(server: Server, count: int, seconds: float = 0.2) -> Figures:
     """Posts all at once, half of whose clients leave after 0.1 to 2 seconds. seconds: bound on /health."""
-    rng = random.Random(0)
+    rng, work = random.Random(0), SHORT | {"num_inference_steps": CAPS["steps"]}
     stays = [rng.uniform(0.1, 2.0) if number % 2 else None for number in range(count)]
+    posts = [(_posted(work | {"seed": number}), stay) for number, stay in enumerate(stays)]
     before = server.settled()
-
-    async def run() -> list[tuple[int, dict[str, str]]]:
-        work = SHORT | {"num_inference_steps": CAPS["steps"]}
-        posts = (_post(server, work | {"seed": n}, stay) for n, stay in enumerate(stays))
-        return await asyncio.gather(*posts)
-
-    with Watch(server) as watch, health(server) as worst:
-        answers = asyncio.run(run())
+    with (
+        Watch(server, decoders=False) as watch,
+        health(server, kept=False) as fresh,
+        health(server, kept=True) as kept,
+    ):
+        answers = [_heard(answer) for answer in post_at_once(server, posts)]
         after = server.settled()
     counts = {name: after[name] - before[name] for name in after}
     statuses = Counter(status for status, _ in answers)
@@ -317,7 +310,8 @@ def crowd(server: Server, count: int, seconds: float = 0.2) -> Figures:
     # one that is done in the moment in which its client leaves is no waste
     figures += [Figure("done for nobody", counts["done"] - statuses[200], most=max(1, count // 200))]
     figures += [Figure("jobs left", after["running"] + after["waiting"], most=0)]
-    figures += [Figure("worst /health, s", worst[0], most=seconds), Figure("of", worst[1])]
+    for name, (worst, times) in {"on a new connection": fresh, "on a kept one": kept}.items():
+        figures += [Figure(f"worst /health {name}, s", worst, most=seconds), Figure("of", times)]
     return [*figures, Figure("MB grown", watch.grown, most=100)]
 
 
@@ -424,7 +418,8 @@ def _mixed(server: Server, minutes: float) -> Counter[int]:
             path, headers, body = next(bad)
             return (await to.post(path, headers=headers, content=body)).status_code
         if kind == 1:
-            return (await _post(server, SHORT | {"num_inference_steps": 50}, rng.uniform(0, 0.2)))[0]
+            stay, body = rng.uniform(0, 0.2), SHORT | {"num_inference_steps": 50}
+            return _heard(await _asked(server, _posted(body), stay))[0]
         if kind == 2:
             return (await to.post(CHAT, json=_asking("how many?", 8) | {"stream": True})).status_code
         if kind == 3:
@@ -441,6 +436,19 @@ def _mixed(server: Server, minutes: float) -> Counter[int]:
 
     asyncio.run(run())
     return found
+
+
+async def _asked(server: Server, post: str, stay: float) -> str:
+    """The answer to a post, "" where its client left before."""
+    reader, writer = await asyncio.open_connection(*server.place)
+    try:
+        writer.write(post.encode())
+        async with asyncio.timeout(stay):
+            return (await reader.read()).decode()
+    except OSError:  # a time-out is one
+        return ""
+    finally:
+        writer.transport.abort()
 
 
 def _slope(points: Sequence[tuple[float, float]]) -> float:

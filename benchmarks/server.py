@@ -1,19 +1,22 @@
 """The real server in a process of its own, watched from outside: `benchmarks.serve` asks it, this starts it.
 
-python -m benchmarks.server http://127.0.0.1:8000     asks for /health until its input ends, prints
-                                                      the worst and the number of its answers' seconds
+python -m benchmarks.server fresh|kept URL     asks for /health until its input ends, prints the worst and the
+                                               number of its answers' seconds
+python -m benchmarks.server crowd URL          makes the posts of its input at once, prints their answers
 """
 
 import http.client
 import json
 import os
+import selectors
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -22,6 +25,8 @@ from urllib.request import urlopen
 
 import psutil
 
+SECONDS = 120.0
+"""That a client waits for the server, at most."""
 HOOK = """
 import os, sys
 def hook(event, args, told=open(os.environ["OPENBAGEL_WATCHED"], "a", buffering=1)):
@@ -140,31 +145,98 @@ class Watch(Thread):
         self.join()
 
 
+# clients in processes of their own, much cheaper than what they measure ------------------------------------
+
+
 @contextmanager
-def health(server: Server) -> Iterator[list[float]]:
-    """Asks for /health all the time from another process; the list gets the worst seconds and how often."""
+def _apart(role: str, server: Server) -> Iterator[subprocess.Popen[str]]:
+    """This module as a client of the server, when it is ready."""
+    command = [sys.executable, "-m", "benchmarks.server", role, server.url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        process.stdout.readline()
+        yield process
+
+
+@contextmanager
+def health(server: Server, *, kept: bool) -> Iterator[list[float]]:
+    """Asks for /health all the time; the list gets the worst seconds and how often in the end.
+
+    kept: on one connection; else on a new one each time, as load balancers do.
+    """
     found: list[float] = []
-    command = [sys.executable, "-m", "benchmarks.server", server.url]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as poller:
-        assert poller.stdout and poller.stdin
-        poller.stdout.readline()
+    with _apart("kept" if kept else "fresh", server) as process:
         yield found
-        found += map(float, poller.communicate()[0].split())
+        found += map(float, process.communicate()[0].split())
 
 
-def _poll(url: str) -> None:
-    """One connection, as a load balancer's; a new one where it was closed."""
+def post_at_once(server: Server, posts: Sequence[tuple[str, float | None]]) -> list[str]:
+    """The answer that each post got, "" where its client left before, after so many seconds, or the server
+    hung up.
+    """
+    with _apart("crowd", server) as process:
+        return json.loads(process.communicate(json.dumps(posts))[0])
+
+
+def _probe(place: tuple[str, int], kept: bool) -> None:
     over, took = Event(), list[float]()
     Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     print(flush=True)
+    line = http.client.HTTPConnection(*place, timeout=60)
     while not over.wait(0.02):
         started = time.monotonic()
-        with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)) as line:
-            line.request("GET", "/health")
-            assert line.getresponse().status == 200
+        line.request("GET", "/health")
+        answer = line.getresponse()
+        assert answer.status == 200 and answer.read()
         took.append(time.monotonic() - started)
+        if not kept:
+            line.close()
     print(max(took), len(took))
 
 
+def _crowd(place: tuple[str, int]) -> None:
+    """One thread on bare sockets: an HTTP library would take more of a shared core than the server does."""
+    print(flush=True)
+    posts = [(text.encode(), stay) for text, stay in json.load(sys.stdin)]
+    answers, leaving = [b""] * len(posts), list[tuple[float, int]]()
+    lines = [socket.socket() for _ in posts]
+    with selectors.DefaultSelector() as open_lines:
+
+        def close(number: int) -> None:
+            open_lines.unregister(lines[number])
+            lines[number].close()
+
+        for number, (line, (_, stay)) in enumerate(zip(lines, posts, strict=True)):
+            line.setblocking(False)
+            line.connect_ex(place)
+            open_lines.register(line, selectors.EVENT_WRITE, number)
+            if stay is not None:
+                heappush(leaving, (time.monotonic() + stay, number))
+        while open_lines.get_map():
+            pause = max(0.0, leaving[0][0] - time.monotonic()) if leaving else SECONDS
+            for key, event in open_lines.select(pause):
+                number = key.data
+                with suppress(OSError):
+                    if event & selectors.EVENT_WRITE:
+                        lines[number].sendall(posts[number][0])
+                        open_lines.modify(lines[number], selectors.EVENT_READ, number)
+                        continue
+                    if got := lines[number].recv(2**16):
+                        answers[number] += got
+                        continue
+                close(number)
+            while leaving and leaving[0][0] <= time.monotonic():
+                number = heappop(leaving)[1]
+                if lines[number].fileno() >= 0:
+                    answers[number] = b""
+                    close(number)
+    print(json.dumps([answer.decode() for answer in answers]))
+
+
 if __name__ == "__main__":
-    _poll(sys.argv[1])
+    role, address = sys.argv[1], urlsplit(sys.argv[2])
+    place = str(address.hostname), int(address.port or 80)
+    if role == "crowd":
+        _crowd(place)
+    else:
+        _probe(place, role == "kept")

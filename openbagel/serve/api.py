@@ -47,9 +47,8 @@ def create_app(service: Service, *, keys: Collection[str] = (), page: bool = Fal
     async def explain(_: Request, error: Exception) -> Response:
         return answer(error)
 
-    app = FastAPI(title="openbagel", lifespan=life, redoc_url=None)
-    app.add_exception_handler(HTTPException, explain)
-    app.add_exception_handler(RequestValidationError, explain)
+    errors: dict[Any, Any] = {HTTPException: explain, RequestValidationError: explain}
+    app = FastAPI(title="openbagel", lifespan=life, redoc_url=None, exception_handlers=errors)
     open_paths = ("/health", "/ui") if page else ("/health",)
     app.add_middleware(Guard, service=service, keys=keys, open_paths=open_paths)
     _add_facts(app, service)
@@ -171,12 +170,14 @@ def _line(tree: dict[str, Any]) -> str:
 
 class Server(uvicorn.Server):
     """What `openbagel serve` runs. Told to stop, it ends requests first: their clients hear of it, and
-    connections end. It counts no connections: the guard bounds requests, and /health must get in.
+    connections end. It counts no connections: the guard bounds requests, and /health must get in. So the loop
+    is asyncio's, which takes in all who wait; with uvloop, which takes in one a turn, /health would stand
+    behind a whole crowd.
     """
 
     def __init__(self, app: FastAPI, service: Service, host: str, port: int) -> None:
-        options: Any = {"http": "h11", "timeout_graceful_shutdown": 10, "access_log": False}
-        super().__init__(uvicorn.Config(app, host, port, **options))
+        options: Any = {"timeout_graceful_shutdown": 10, "access_log": False}
+        super().__init__(uvicorn.Config(app, host, port, loop="asyncio", http="h11", **options))
         self.service = service
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:

@@ -37,7 +37,7 @@ def confine(memory: int) -> None:
 
 def answer(data: bytes, formats: list[str], pixels: int, side: int) -> tuple[bytes, bytes]:
     try:
-        picture = open_picture(data, formats=formats, max_pixels=pixels, max_side=side, upright=True)
+        picture = open_picture(data, formats=formats, max_pixels=pixels, max_side=side)
         return HEAD.pack(*picture.size), picture.tobytes()
     except ValueError as error:
         line = " ".join(str(error).split()).encode("ascii", "replace")[:400]

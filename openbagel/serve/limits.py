@@ -42,5 +42,11 @@ class ServerLimits:
     texts: int = 100_000
     """Characters of all texts of a request."""
 
+    def check(self, **asked: int | None) -> None:
+        """ValueError where more of something is asked for than its limit."""
+        for name, value in asked.items():
+            if (value or 0) > (most := getattr(self, name)):
+                raise ValueError(f"{value} {name} are above this server's limit of {most:,} {name}")
+
     def __post_init__(self) -> None:
         check_least(self, queue=1, key_queue=1, running=1, batch=1, decoders=1, n=1, steps=1, tokens=1)

@@ -153,13 +153,12 @@ class Bench:
 
     def chosen(self, given: Updates) -> Wish:
         """The model with the options that were asked for, in each task's own sampling."""
-        most = {"num_timesteps": self.limits.steps + 1, "max_tokens": self.limits.tokens}
-        most["max_think_tokens"] = self.limits.tokens
         asked = {name: _read(name, given[one], self.own[name]) for name, one in self.options.items()}
-        for name, limit in most.items():
-            if (asked[name] or 0) > limit:
-                raise ValueError(f"{name} {asked[name]} is above this server's limit of {limit}")
-        samplings = {task: adjusted(getattr(self.settings, task), asked) for task in ("draw", "edit", "ask")}
+        self.limits.check(steps=(asked["num_timesteps"] or 1) - 1)
+        for name in ("max_tokens", "max_think_tokens"):
+            self.limits.check(tokens=asked[name])
+        tasks = {name: getattr(self.settings, name) for name in ("draw", "edit", "ask", "film")}
+        samplings = {name: adjusted(own, asked) for name, own in tasks.items() if own}
         bagel = self.service.bagel.with_settings(replace(self.settings, **samplings))
         seed = _read("seed", given[self.seed], 42)
         return Wish(given, bagel, secrets.randbelow(2**31) if seed is None else seed, bool(given[self.think]))

@@ -46,11 +46,9 @@ class Replies:
         self.stops: list[str] = []
         self.now, self.finishes = int(time.time()), list[Finish]()
         texts = sum(len(part) for part in (*parts, body.negative_prompt) if isinstance(part, str))
-        asked = {"n": body.n, "steps": body.num_inference_steps, "tokens": body.budget, "texts": texts}
-        asked["output_pixels"] = self.size and self.size[0] * self.size[1]
-        for name, value in asked.items():
-            if (value or 0) > (most := getattr(service.limits, name)):
-                raise ValueError(f"{value} is above this server's limit of {most:,} {name}")
+        pixels = self.size and self.size[0] * self.size[1]
+        service.limits.check(n=body.n, steps=body.num_inference_steps, output_pixels=pixels)
+        service.limits.check(tokens=body.budget, texts=texts)
         settings, changed = service.bagel.config.settings, {}
         for task in ("draw", "edit", "ask"):  # an answer's budget holds its thought too
             options = body.sampling | {"max_tokens": body.budget}
@@ -262,8 +260,7 @@ def _area(size: tuple[int, int], side: int) -> int:
 
 async def opened(service: Service, sources: Sequence[str | bytes]) -> list[Image.Image]:
     """Pictures through the gate."""
-    if len(sources) > service.limits.pictures:
-        raise ValueError(f"{len(sources)} pictures are more than the limit of {service.limits.pictures}")
+    service.limits.check(pictures=len(sources))
     gate = service.gate
     opening = [gate.open(one) if isinstance(one, bytes) else gate.open_source(one) for one in sources]
     return await asyncio.gather(*opening)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +85,6 @@ class Service:
             yield Ended(job.future.result())
         finally:
             self.scheduler.cancel(job)
-
-    async def run(self, begin: Callable[[], Request[Any]], *, key: str = "") -> Any:
-        """The value of a request; raises as `events` does."""
-        async with aclosing(self.events(begin, key=key)) as events:
-            async for event in events:
-                if isinstance(event, Ended):
-                    return event.value
 
     async def close(self) -> None:
         """Cancels every request and ends the thread and the decoders."""

@@ -241,11 +241,10 @@ class Page(Bench):
             self._walk()
 
     async def film(self, wish: Wish) -> tuple[list[Begin], Show]:
-        parts, settings = self.checked(await self.parts(wish.given[self.scene])), wish.bagel.config.settings
+        parts = self.checked(await self.parts(wish.given[self.scene]))
         given = [part for part in parts if not isinstance(part, str)]
         count = int(wish.given[self.frames])
         options = {"num_frames": count, "seed": wish.seed}
-        options |= {"sampling": settings.edit if 0 < len(given) < len(parts) else settings.draw}
 
         def show(made: list[list[Message]]) -> Updates:
             drawn = [one.content for one in _pictures(made)]

@@ -1,5 +1,6 @@
 """Verbs that serve a model to others."""
 
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class Serve(ModelOptions):
         limits = from_json(ServerLimits, dict(self.limits or ()), "--limits")
         service = serviced(self, limits)
         app = api.create_app(service, keys=keys, page=not self.no_ui)
+        gc.freeze()  # what is loaded stays: looking through it for garbage would halt every request for 0.2 s
         api.Server(app, service, self.host, self.port).run()
 
 

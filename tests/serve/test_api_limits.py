@@ -1,5 +1,6 @@
 """What a server takes in: sizes, time, places, and the caps of one request."""
 
+import asyncio
 import base64
 import io
 import json
@@ -7,13 +8,21 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from PIL import Image
+from prometheus_client import Histogram
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from openbagel.inference.scheduler import Job, Load, Scheduler
+from openbagel.serve.guard import Guard
 from openbagel.serve.limits import ServerLimits
 from openbagel.serve.service import Service
 from tests import tiny
@@ -84,7 +93,7 @@ def test_a_full_queue_is_told_before_the_body_is_read(url: str, service: Service
         assert until(lambda: (len(service.scheduler.running), service.scheduler.num_waiting) == busy)  # noqa: B023
     with closing(socket.create_connection((where.hostname, where.port), timeout=10)) as line:
         line.sendall(f"{head}{BODY}\r\n\r\n".encode())  # and nothing more
-        told = line.recv(4096)
+        told = b"".join(iter(lambda: line.recv(4096), b""))
     assert b" 429 " in told and b"retry-after: " in told.lower() and b"queue_full" in told
     started = time.monotonic()
     assert httpx.get(url + "/health").status_code == 200 and time.monotonic() < started + 1
@@ -92,6 +101,36 @@ def test_a_full_queue_is_told_before_the_body_is_read(url: str, service: Service
         line.close()
     assert until(lambda: not service.scheduler.running)
     assert httpx.post(url + DRAWINGS, json=DRAW).status_code == 200
+
+
+def test_what_only_tells_goes_in_between_a_crowd():
+    """A /health that comes after a hundred posts is not answered after them."""
+    load = Load(waiting=1)
+    room: Any = SimpleNamespace(limits=LIMITS, is_alive=True, scheduler=Scheduler(lambda _: (), load))
+    room.scheduler.submit(Job(iter))  # pyright: ignore[reportArgumentType]
+
+    async def health(_: Request) -> Response:
+        return Response("ok")
+
+    served = Starlette(routes=[Route("/health", health)])
+    served.add_middleware(Guard, service=room, keys=(), open_paths=("/health",))
+    served.state.seconds = Histogram("seconds", "unused", ["route", "status"], registry=None)
+    told = list[int]()
+
+    async def ask(verb: str, path: str) -> None:
+        async def send(message: Any) -> None:
+            told.extend([message["status"]] if "status" in message else [])
+
+        async def receive() -> Any:
+            return {"type": "http.request"}
+
+        await served({"type": "http", "method": verb, "path": path, "headers": []}, receive, send)
+
+    async def run() -> None:
+        await asyncio.gather(*(ask("POST", DRAWINGS) for _ in range(100)), ask("GET", "/health"))
+
+    asyncio.run(run())
+    assert told.count(429) == 100 and told.index(200) < 10
 
 
 @pytest.mark.parametrize(

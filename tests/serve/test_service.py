@@ -47,6 +47,13 @@ def writing(service: Service, prompt: str, seed: int = 0) -> Callable[[], Reques
     return lambda: service.bagel.write_request([prompt], seed=seed, think=False)
 
 
+async def value(service: Service, begin: Callable[[], Request[Any]], key: str = "") -> Any:
+    """What a request comes to."""
+    async for event in service.events(begin, key=key):
+        if isinstance(event, Ended):
+            return event.value
+
+
 def test_events_come_in_order_and_end_with_the_value() -> None:
     async def test(service: Service) -> None:
         heard = [event async for event in service.events(drawing(service, "a"), drafts=3)]
@@ -72,10 +79,10 @@ def test_parallel_requests_equal_their_solo_runs(batch: int) -> None:
 
     async def test(service: Service) -> None:
         answers = [
-            service.run(lambda n=n: greedy.write_request([f"{n}"], seed=n, think=False), key=str(n % 3))
+            value(service, lambda n=n: greedy.write_request([f"{n}"], seed=n, think=False), key=str(n % 3))
             for n in range(25)
         ]
-        pictures = [service.run(drawing(service, f"{n}", seed=n), key=str(n % 3)) for n in range(25)]
+        pictures = [value(service, drawing(service, f"{n}", seed=n), key=str(n % 3)) for n in range(25)]
         together = await asyncio.gather(*answers, *pictures)
         assert service.scheduler.counts["done"] == 50
         for n in range(25):
@@ -99,10 +106,10 @@ def test_a_listener_who_leaves_ends_the_request() -> None:
             async for event in stream:
                 assert isinstance(event, Draft)
                 break
-        waiting = asyncio.create_task(service.run(begin))
+        waiting = asyncio.create_task(value(service, begin))
         await asyncio.sleep(0.1)
         waiting.cancel()
-        assert await service.run(writing(service, "b")) is not None  # whatever was left had its sweep
+        assert await value(service, writing(service, "b")) is not None  # whatever was left had its sweep
         passes = service.bagel.engine.passes
         await asyncio.sleep(0.1)
         assert service.bagel.engine.passes == passes
@@ -122,13 +129,13 @@ def test_requests_that_fail_do_not_touch_others(monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(service.bagel.engine, "step", short_of_memory)
         texts = ["a", "b" * 40, "c", "d" * 50]
-        jobs = [service.run(writing(service, text, seed=3)) for text in texts]
+        jobs = [value(service, writing(service, text, seed=3)) for text in texts]
         results = await asyncio.gather(*jobs, return_exceptions=True)
         assert [isinstance(one, Exception) and is_out_of_memory(one) for one in results] == [False, True] * 2
         assert results[0] == tiny.bagel().using(SAMPLING).ask([], "a", seed=3)
         with pytest.raises(ValueError, match="nothing was said"):
             chat = service.bagel.chat_request
-            await service.run(lambda: chat([], reply="text", size=None, seed=0, think=False))
+            await value(service, lambda: chat([], reply="text", size=None, seed=0, think=False))
 
     served(test)
 
@@ -139,16 +146,16 @@ def _is_text(row: Any) -> bool:
 
 def test_full_late_and_closed() -> None:
     async def test(service: Service) -> None:
-        jobs = [asyncio.create_task(service.run(drawing(service, "a"))) for _ in range(10)]
+        jobs = [asyncio.create_task(value(service, drawing(service, "a"))) for _ in range(10)]
         results = await asyncio.gather(*jobs, return_exceptions=True)
         assert any(isinstance(one, Full) for one in results) and any(
             isinstance(one, Image.Image) for one in results
         )
         service.limits = replace(service.limits, request_seconds=0.0)
         with pytest.raises(TimeoutError):
-            await service.run(drawing(service, "a"))
+            await value(service, drawing(service, "a"))
         service.limits = replace(service.limits, request_seconds=100.0)
-        last = asyncio.create_task(service.run(drawing(service, "a")))
+        last = asyncio.create_task(value(service, drawing(service, "a")))
         await asyncio.sleep(0)
         await service.close()
         with pytest.raises(CancelledError):
