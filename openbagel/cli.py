@@ -5,7 +5,6 @@ What a user got wrong (ValueError, or a file that cannot be used) becomes one li
 
 import argparse
 import dataclasses
-import shutil
 import sys
 import types
 import typing
@@ -44,7 +43,7 @@ def add_fields(parser: argparse.ArgumentParser, verb: type) -> None:
         is_positional = argument.pop("positional", False)
         names = [f.name] if is_positional else [*short, "--" + f.name.replace("_", "-"), *aliases]
         shown = f.default.value if isinstance(f.default, Enum) else f.default
-        if shown not in (None, False) and not is_positional:
+        if shown is not None and shown is not False and not is_positional:
             argument["help"] += f" (default: {shown})"
         parser.add_argument(*names, default=f.default, **_typed(hints[f.name], argument))
 
@@ -74,9 +73,8 @@ def parser_for(name: str) -> Parser:
 
 
 def usage() -> str:
-    width = min(shutil.get_terminal_size().columns, 100)
     lines = ["usage: openbagel VERB …", "", *(f"  {name:<14}{verb.__doc__}" for name, verb in VERBS.items())]
-    return "\n".join(line[:width] for line in [*lines, "", "openbagel VERB --help lists a verb's options"])
+    return "\n".join([*lines, "", "openbagel VERB --help lists a verb's options"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = vars(parser_for(name).parse_strictly(rest))
     try:
         return VERBS[name](**parsed).run() or 0
+    except BrokenPipeError:  # the reader, such as `head`, has enough: nothing is left to be written at exit
+        sys.stdout = None
+        return 1
     except (ValueError, OSError) as error:
         print(f"openbagel {name}: {error}", file=sys.stderr)
         return 2

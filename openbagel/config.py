@@ -277,8 +277,10 @@ def nano(vocab_size: int) -> BagelConfig:
     """The model that ships with the package: 64x64 pictures of 16 latent and 16 ViT tokens."""
     limits = ImageLimits(max_size=128, min_size=32, stride=16)
     drawn = Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(3.0, interval=(0.0, 1.0)))
+    edited = replace(drawn, guidance=replace(drawn.guidance, text=2.0))
+    filmed = replace(drawn, num_timesteps=13, guidance=replace(drawn.guidance, image=2.0))
     asked = Sampling(max_tokens=64, max_think_tokens=96)
-    settings = replace(official_settings(), draw=drawn, edit=drawn, ask=asked, video_group=10)
+    settings = replace(official_settings(), draw=drawn, edit=edited, ask=asked, film=filmed, video_group=1)
     llm = replace(QWEN_7B, vocab_size=vocab_size, hidden_size=256, intermediate_size=480, rope_theta=1e4)
     return replace(
         bagel_7b(),

@@ -31,10 +31,13 @@ MOST_HEADER = 10**8
 
 
 def find_model(model: str | Path, *, cached: bool = False, outline: Path | None = None) -> Path:
-    """The folder or file of "nano", of a path, or of a Hugging Face id: owner/name or owner/name@revision,
-    downloaded, or looked up in the cache alone, or as an outline in a folder.
+    """The folder or file of "nano", of a path (of a training run what it wrote), or of a Hugging Face id:
+    owner/name or owner/name@revision, downloaded, or looked up in the cache alone, or as an outline in a
+    folder.
     """
     path = NANO if str(model) == "nano" else Path(model)
+    if (path / "recipe.json").is_file():
+        path = next((path / name for name in ("checkpoint", "adapter") if (path / name).is_dir()), path)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", str(model)):
         return path
     return download(str(model), to=outline, cached=cached, outline=outline is not None)

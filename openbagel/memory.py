@@ -296,9 +296,10 @@ def told(size: float) -> str:
 
 
 def bytes_of(size: int | str) -> int:
-    """Of "24GB", "800MB", "16GiB", or a plain number."""
-    units = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", str(size).strip(), re.IGNORECASE)
+    """Of "24GB", "800MB", "16GiB", or a number of bytes."""
+    units = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+    text = f"{size}B" if isinstance(size, int) else size.strip()
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", text, re.IGNORECASE)
     if found is None or found[2].upper() not in units:
         raise ValueError(f"{size!r} is no size of memory; write for example 24GB, 800MB or 16GiB")
     return int(float(found[1]) * units[found[2].upper()])

@@ -4,9 +4,10 @@ Pillow only, no tensors: the decoders of a server import this and nothing heavie
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from itertools import islice
@@ -37,22 +38,21 @@ def open_picture(
     formats: list[str] | tuple[str, ...] = FORMATS,
     max_pixels: int = MAX_PICTURE_PIXELS,
     max_side: int | None = None,
-    upright: bool = False,
 ) -> Image.Image:
-    """An RGB picture, its transparency laid on white; of several frames the first.
+    """An RGB picture, its transparency laid on white, turned as its EXIF tag says (cameras store pictures as
+    they were held); of several frames the first.
 
     Raises ValueError naming the file and the remedy when it is missing, no picture, truncated, or too large
-    to be safe; size and format are judged before any pixel is unpacked. upright turns it as its EXIF tag
-    says.
+    to be safe; size and format are judged before any pixel is unpacked.
     """
     with _header(source, formats, max_pixels, max_side) as picture:
-        return _rgb(_upright(picture) if upright else picture)
+        return _rgb(_upright(picture))
 
 
 def picture_size(source: PictureSource) -> tuple[int, int]:
-    """(width, height) from the header alone; raises as `open_picture` does."""
+    """(width, height) of what `open_picture` gives, from the header alone; raises as that does."""
     with _header(source) as picture:
-        return picture.size
+        return (picture.height, picture.width) if _orientation(picture) in (5, 6, 7, 8) else picture.size
 
 
 @contextmanager
@@ -89,15 +89,27 @@ def _header(
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF tag says. `ImageOps.exif_transpose` would write the other tags anew, and fail on odd
-    ones."""
-    turn = TURNS.get(picture.getexif().get(ORIENTATION, 1))
-    return picture.transpose(Image.Transpose[turn]) if turn else picture
+    """Turned as its EXIF tag says, then without notes, so that nobody turns it again.
+    `ImageOps.exif_transpose` would write the other tags anew, and fail on odd ones."""
+    if turn := TURNS.get(_orientation(picture)):
+        picture = picture.transpose(Image.Transpose[turn])
+        picture.info.clear()
+    return picture
+
+
+def _orientation(picture: Image.Image) -> Any:
+    """Of the tags before the pixels; the method of PNG files would unpack all pixels to look behind them.
+    Broken tags say nothing. TIFF files are turned by Pillow itself.
+    """
+    with suppress(SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+        return picture.format != "TIFF" and Image.Image.getexif(picture).get(ORIENTATION)
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture.copy()
+    if picture.mode.startswith("I;16"):  # `convert` would cut off all above 255
+        picture = picture.convert("I").point([round(value / 257) for value in range(2**16)], "L")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -129,7 +141,7 @@ def read_frames(path: Path) -> list[Image.Image]:
             frames = [frame.to_image() for frame in islice(container.decode(video=0), MAX_FRAMES + 1)]
     else:
         with _header(path) as picture:
-            frames = [_rgb(frame) for frame in islice(ImageSequence.Iterator(picture), MAX_FRAMES + 1)]
+            frames = [_rgb(_upright(f)) for f in islice(ImageSequence.Iterator(picture), MAX_FRAMES + 1)]
     if len(frames) > MAX_FRAMES:
         raise ValueError(f"{path} has more than {MAX_FRAMES} frames; cut it to the last few")
     return frames

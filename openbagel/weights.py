@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openbagel.checks import nearest, retold
+from openbagel.checks import check_choice, nearest, retold
 from openbagel.config import (
     FLUX_VAE,
     BagelConfig,
@@ -135,7 +135,7 @@ def weight_files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        raise ValueError(f"no such model folder: {folder}")
+        raise ValueError(f"no such model folder: {folder}; give nano, a folder, or owner/name of the Hub")
     for name in MODEL_FILES:
         if (folder / name).is_file():
             return [folder / name]
@@ -211,13 +211,23 @@ def load_checkpoint(
     return build(config, both, codec, dtype=dtype, device=device, unused=unused)
 
 
-def default_device() -> torch.device:
-    """CUDA if there is a card, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 on CUDA cards that compute in it, else float32."""
+def default_device(asked: torch.device | str | None = None) -> torch.device:
+    """The one asked for, else CUDA if there is a card, else the CPU. ValueError for one that is not here."""
+    with retold(f"there is no device {asked} here; ask `openbagel doctor`", RuntimeError, AssertionError):
+        torch.empty(0, device=asked or "cpu")
+    return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def default_dtype(device: torch.device | str, asked: torch.dtype | str | None = None) -> torch.dtype:
+    """The one asked for, perhaps by name; else bfloat16 on CUDA cards that compute in it, else float32."""
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked is not None:
+        check_choice("dtype", asked, DTYPES)
+        return getattr(torch, asked)
     fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
 

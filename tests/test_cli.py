@@ -1,6 +1,8 @@
 """The command line: its verbs and options are pinned, its errors are one line with exit code 2."""
 
 import json
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from PIL import Image
 from openbagel import cli, verbs
 from openbagel.config import Sampling
 from openbagel.flow import Guidance, Renorm
+from openbagel.verbs import use
 
 MODEL = {"--model", "--device", "--dtype", "--quantize", "--lora", "--offload", "--max-memory"}
 MODEL |= {"--understanding-only"}
@@ -132,6 +135,42 @@ def test_ask_prints_the_answer(drawn: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.strip()
 
 
+def test_thoughts_stand_on_one_line_beside_the_answer(drawn: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["ask", str(drawn), "how many circles are there?", "--think"]) == 0
+    told = capsys.readouterr()
+    assert len(told.err.split()) > 3 and told.err.count("\n") == 1 == told.out.count("\n")
+
+
+def test_no_picture_is_drawn_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def load(options: object) -> None:
+        raise AssertionError("the output was to be judged first")
+
+    monkeypatch.setattr(verbs.Generate, "load", load)
+    (tmp_path / "is.png").mkdir()
+    for name in ("a.doc", "is.png", "new/a.mp4"):
+        assert cli.main(["generate", "x", "-o", str(tmp_path / name)]) == 2
+
+
+def test_what_is_drawn_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kept = []
+
+    def keep(picture: Image.Image, path: Path) -> None:
+        if kept:
+            raise KeyboardInterrupt
+        kept.append(path)
+
+    monkeypatch.setattr(use, "keep", keep)
+    assert cli.main(["generate", "x", *QUICK, "--num", "900", "-o", str(tmp_path)]) == 130
+    assert kept == [tmp_path / "001.png"]
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path):
+    script = Path(sys.executable).parent / "openbagel"
+    line = f"{script} info bagel_7b 2> {tmp_path / 'err'} | head -c 1; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", line], stdout=subprocess.DEVNULL, check=False).returncode in (0, 1)
+    assert (tmp_path / "err").read_text() == ""
+
+
 def test_edit_keeps_the_size(drawn: Path, tmp_path: Path):
     out = tmp_path / "edited.png"
     assert cli.main(["edit", str(drawn), "make the circle blue", *QUICK, "-o", str(out)]) == 0
@@ -173,6 +212,7 @@ def test_options_reach_the_sampling():
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty").mkdir()
+    (folder / "folder.png").mkdir()
     (folder / "text.png").write_text("no picture", "utf-8")
     Image.effect_noise((64, 64), 50).save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:900])
@@ -199,7 +239,16 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["generate", "x", "--guidance-interval", "0.9", "0.1"], "0.9"),
         (["generate", "x", "--model", "{}/empty"], "no weights"),
         (["generate", "x", "--model", "{}/nowhere"], "nowhere"),
-        (["edit", "remove the circle"], "picture file"),
+        (["generate", "x", "--size", "0x64"], "WIDTHxHEIGHT"),
+        (["generate", "x", "--device", "gpu"], "no device gpu"),
+        (["generate", "x", "--device", "cuda:77"], "no device cuda:77"),
+        (["generate", "x", "-o", "{}/drawn.doc"], "drawn.doc"),
+        (["generate", "x", "-o", "{}/empty", "--num", "2", "--prompts", "y"], "--prompts FILE"),
+        (["edit", "{}/whole.png", "x", "-o", "{}/folder.png"], "folder.png"),
+        (["demo", "-o", "{}/whole.png/sheet.png"], "whole.png"),
+        (["info", "bagel_7b", "--fit", "24"], "24GB"),
+        (["convert", "nano", "{}/whole.png"], "whole.png"),
+        (["edit", "remove the circle"], "at least one picture"),
         (["edit", "{}/nowhere.png", "x"], "nowhere.png"),
         (["ask", "{}/text.png", "x"], "text.png"),
         (["ask", "{}/cut.png", "x"], "truncated"),

@@ -171,6 +171,15 @@ def same(folder: Path) -> bool:
     return all((folder / path.name).read_bytes() == path.read_bytes() for path in NANO.iterdir())
 
 
+def test_a_training_run_counts_as_what_it_wrote(tmp_path: Path) -> None:
+    (run := tmp_path / "run").mkdir()
+    (run / "recipe.json").write_text("{}")
+    assert find_model(run) == run
+    for name in ("adapter", "checkpoint"):
+        (run / name).mkdir()
+        assert find_model(run) == run / name
+
+
 def test_names_of_folders_stay_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some" / "nano").mkdir(parents=True)

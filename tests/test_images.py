@@ -22,7 +22,7 @@ from openbagel.images import (
     to_pixels,
     unpatchify,
 )
-from openbagel.picture_files import FORMATS, MAX_PICTURE_PIXELS, open_picture
+from openbagel.picture_files import FORMATS, MAX_PICTURE_PIXELS, open_picture, picture_size, read_frames
 
 OFFICIAL = ImageLimits(max_size=1024, min_size=512, stride=16)
 
@@ -141,6 +141,38 @@ def test_half_transparency_is_blended() -> None:
 @pytest.mark.parametrize("mode", ["L", "1", "CMYK", "I;16", "F", "HSV"])
 def test_other_modes_become_rgb(mode: str) -> None:
     assert open_picture(Image.new(mode, (4, 4))).mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_sixteen_bits_are_scaled(mode: str) -> None:
+    levels = np.array([[0, 257, 40000, 65535]], ">u2" if mode == "I;16B" else "<u2")
+    shades = np.asarray(open_picture(Image.frombytes(mode, (4, 1), levels.tobytes())))
+    assert shades[0, :, 0].tolist() == [0, 1, 156, 255]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photographs_are_turned_upright_once(tmp_path: Path, kind: str) -> None:
+    held = Image.new("RGB", (64, 32), (255, 255, 255))
+    held.paste((255, 0, 0), (0, 0, 32, 32))  # on the left, where the camera's top is
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    held.save(path := tmp_path / f"photo.{kind.lower()}", kind, exif=tags)
+    for picture in (open_picture(path), open_picture(open_picture(path)), *read_frames(path)):
+        assert picture.size == picture_size(path) == (32, 64)
+        top, bottom = (picture.getpixel((16, y)) for y in (8, 56))
+        assert top == pytest.approx((255, 0, 0), abs=8) and bottom == pytest.approx((255,) * 3, abs=8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@given(st.integers(0, 40), st.binary(min_size=1, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_broken_tags_say_nothing(place: int, bytes_: bytes) -> None:
+    tags = Image.Exif()
+    tags[0x0112], tags[0x010E] = 6, "a note"
+    broken = tags.tobytes()[: 6 + place] + bytes_
+    gradient().save(file := io.BytesIO(), "JPEG", exif=broken)
+    picture = open_picture(file.getvalue())
+    assert open_picture(picture).size == picture.size == picture_size(file.getvalue())
 
 
 def test_opened_picture_is_a_copy() -> None:

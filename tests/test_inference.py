@@ -251,9 +251,16 @@ def test_load_from_a_folder(tmp_path: Path, bagel: Bagel) -> None:
     save_checkpoint(tmp_path, tiny.checkpoint())
     loaded = Bagel.load(tmp_path, device="cpu")
     assert loaded.generate("a red circle").tobytes() == bagel.generate("a red circle").tobytes()
-    half = Bagel.load(str(tmp_path), device="cpu", dtype=torch.bfloat16)
+    half = Bagel.load(str(tmp_path), device="cpu", dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype 'bf16' is none of float32, bfloat16, float16"):
+        Bagel.load(str(tmp_path), device="cpu", dtype="bf16")
     assert half.generate("a red circle").size == (12, 8)
     assert isinstance(half.ask(photo(), "how many?"), Answer)
+
+
+def test_unknown_load_options_name_the_nearest() -> None:
+    with pytest.raises(ValueError, match="'quantise'.*did you mean 'quantize'"):
+        Bagel.load("nano", quantise="int8")  # pyright: ignore[reportCallIssue]
 
 
 def test_load_understanding_only(tmp_path: Path, bagel: Bagel) -> None:

@@ -248,6 +248,6 @@ def test_sizes_of_memory() -> None:
         8 * 10**8,
         12,
     ]
-    for text in ("24 giga", "-3GB", ""):
+    for text in ("24 giga", "-3GB", "", "24"):
         with pytest.raises(ValueError, match="no size of memory"):
             bytes_of(text)

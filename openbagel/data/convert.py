@@ -165,7 +165,8 @@ def write_parquet(
                 writer = arrow(".parquet").ParquetWriter(path, schema, write_page_checksum=True)
                 stack.enter_context(writer)
                 left = file_rows
-            writer.write_table(pyarrow.Table.from_pylist(group, writer.schema))
+            with retold("rows differ in a field's type ({error}); choose jsonl", TypeError, ValueError):
+                writer.write_table(pyarrow.Table.from_pylist(group, writer.schema))
             left -= len(group)
 
 

@@ -157,7 +157,7 @@ def examine(
 def _faults(dataset: Examined, config: BagelConfig, options: Examination) -> Iterator[Problem]:
     """The first thing that is wrong with each row; on the way it is filled in what the rows are."""
     group, rows = dataset.group, dataset.group.starts[-1]
-    count = min(options.rows or rows, rows)
+    count = max(min(options.rows or rows, rows), 1)
     for turn in tqdm(range(count), desc=group.name, disable=None, leave=False):
         row = turn * rows // count
         try:

@@ -239,7 +239,8 @@ def _fields_of(ending: str, content: bytes) -> dict[str, Any]:
     if ending in PICTURE_ENDINGS:
         return {"image": content}
     if ending == ".txt":
-        return {"caption": content.decode("utf-8", "replace").strip()}
+        with retold("the .txt file is no UTF-8 ({error}); save it as UTF-8", UnicodeDecodeError, kind=BadRow):
+            return {"caption": content.decode("utf-8-sig").strip()}
     return _object(content, f"the {ending} file") if ending == ".json" else {}
 
 

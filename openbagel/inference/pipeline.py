@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from PIL import Image
 
+from openbagel.checks import check_choice
 from openbagel.config import ModelSettings, Sampling
 from openbagel.flow import Guidance
 from openbagel.hub import find_model
@@ -83,7 +84,7 @@ class Bagel:
         model: str | Path = "nano",
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **options: Unpack[LoadOptions],
     ) -> "Bagel":
         """Loads "nano" (ships with the package), a folder, or a Hugging Face model id (perhaps id@revision).
@@ -97,11 +98,13 @@ class Bagel:
         offload ("blocks", "sequential") leaves the weights in host memory, from where they visit the device.
         device "auto" spreads them over all devices, max_memory={0: "24GB", "cpu": "64GB"} over those named.
         """
+        for name in options:
+            check_choice("option", name, LoadOptions.__annotations__)
         offload, max_memory = options.get("offload"), options.get("max_memory")
         spread = str(device) == "auto" or (max_memory is not None and device is None)
         placed = spread or offload is not None or max_memory is not None
-        chosen = default_device() if spread or device is None else torch.device(device)
-        dtype = dtype or default_dtype(chosen)
+        chosen = default_device(None if spread else device)
+        dtype = default_dtype(chosen, dtype)
         precision = options.get("quantize")
         waits = precision is not None or placed
         checkpoint = load_checkpoint(
@@ -133,7 +136,7 @@ class Bagel:
         """
         other = self
         if sampling is not None:
-            tasks = replace(self.config.settings, draw=sampling, edit=sampling, ask=sampling)
+            tasks = replace(self.config.settings, draw=sampling, edit=sampling, ask=sampling, film=sampling)
             other = self.with_settings(tasks)
         other = copy.copy(other)
         other.listen = listen or self.listen
@@ -221,7 +224,8 @@ class Bagel:
         parts: list[Part] = []
         for given in _pictures(frames):
             parts += read_frames(given) if isinstance(given, Path) else [given]
-        sampling = self._sampling("edit" if parts and prompt else "draw", guidance)
+        sampling = self.config.settings.filming(shown=bool(parts), told=bool(prompt))
+        sampling = replace(sampling, guidance=guidance) if guidance else sampling
         parts += [prompt] if prompt else []
         request = self.film_request(parts, num_frames=num_frames, sampling=sampling, **options)
         return self.engine.drive(request, self.listen)
@@ -337,14 +341,14 @@ class Bagel:
         parts: Sequence[Part],
         *,
         num_frames: int,
-        sampling: Sampling,
+        sampling: Sampling | None = None,
         size: tuple[int, int] | None = None,
         seed: int = 0,
         group: int | None = None,
     ) -> Request[list[Image.Image]]:
         """A request that takes in parts, neighbouring pictures as one clip, and draws the frames after them.
 
-        Without a text there is no text guidance.
+        Without a text there is no text guidance; image guidance leads away from clips of anything else.
         """
         if not parts:
             raise ValueError("nothing to film: give frames, a prompt, or both")
@@ -352,9 +356,10 @@ class Bagel:
         if num_frames < 1 or together < 1:
             raise ValueError(f"num_frames {num_frames} and group {together} must be at least 1")
         opened = self._opened(parts)
-        guidance = sampling.guidance
-        if not (guidance.uses_image or any(isinstance(part, str) for part in opened)):
-            sampling = replace(sampling, guidance=replace(guidance, text=1.0))
+        told, shown = (any(isinstance(part, kind) for part in opened) for kind in (str, Image.Image))
+        sampling = sampling or self.config.settings.filming(shown=shown, told=told)
+        if not (told or sampling.guidance.uses_image):
+            sampling = replace(sampling, guidance=replace(sampling.guidance, text=1.0))
         brush = self._brush(opened, size, seed, sampling)
         heard = self._heard(clips(opened, size), brush)
         return film(heard, brush, num_frames=num_frames, group=together)

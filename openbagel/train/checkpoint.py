@@ -206,9 +206,9 @@ class Checkpoints:
         wanted, known = dict(ChainMap(*self.ranks.gather_objects(shapes))), stored.shapes
         names = [name for name in sorted({*wanted, *known}) if wanted.get(name) != known.get(name)]
         if names:
-            told = (f"{n} is {known.get(n, 'absent')}, expected {wanted.get(n, 'none')}" for n in names[:10])
-            hint = "(8-bit optimiser states fit the number of ranks that wrote them alone)"
-            raise ValueError(f"{path} does not fit this run; {len(names)} faults: {'; '.join(told)} {hint}")
+            told = (f"{n} is {known.get(n, 'absent')}, expected {wanted.get(n, 'none')}" for n in names[:3])
+            hint = "name another folder, or its recipe.json (8-bit states fit so many ranks as wrote them)"
+            raise ValueError(f"{path} is of another run; {hint}; {len(names)} faults: {'; '.join(told)}")
         for name, tensor in tensors.items():
             part, start, _ = rows_of(tensor)
             if part.numel():

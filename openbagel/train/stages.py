@@ -1,8 +1,7 @@
 """A recipe to a trained model: weights, data, loop, export. The same steps for one process and for many."""
 
-import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from openbagel import lora
-from openbagel.checks import check_choice
+from openbagel.checks import check_choice, retold
 from openbagel.config import BagelConfig, from_json, nano, to_json
 from openbagel.data.loader import Loader
 from openbagel.data.mixture import Group, read_mixture
 from openbagel.data.samples import Dataset, Sample
 from openbagel.dfloat11 import is_packed
+from openbagel.files import write_json
 from openbagel.hub import find_model
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
@@ -60,17 +60,22 @@ class Beginning:
 
 def train(recipe: Recipe, report: Report = say) -> Path:
     """Runs what the folder still lacks and returns what it wrote: a checkpoint folder in the official layout
-    with the averaged weights, or an adapter's folder.
+    with the averaged weights, or an adapter's folder. ValueError while another process trains in it, where
+    the system can tell.
     """
-    with closing(Ranks(report=report)) as ranks:
+    folder = Path(recipe.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    used = f"another process trains in {folder}; wait for it, or name another folder"
+    with closing(Ranks(report=report)) as ranks, (folder / ".lock").open("w") as lock:
+        with suppress(ImportError, OSError), retold(used, BlockingIOError):
+            import fcntl  # a lock that ends with its process, and that no child of it holds
+
+            if ranks.is_first:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return _train(recipe, ranks)
 
 
 def _train(recipe: Recipe, ranks: Ranks) -> Path:
-    folder = Path(recipe.folder)
-    if ranks.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2) + "\n", "utf-8")
     begin = begin_from(recipe, ranks)
     _mark(begin.checkpoint.model, recipe)
     parallel, memory = _planned(begin.checkpoint.model, recipe, ranks)
@@ -81,8 +86,8 @@ def _train(recipe: Recipe, ranks: Ranks) -> Path:
     trainer = _trainer(begin, recipe, ranks)
     if recipe.overfit:
         _overfit(trainer, recipe.overfit)
-        return folder
-    trainer.run()
+        return Path(recipe.folder)
+    trainer.run(lambda: ranks.is_first and write_json(Path(recipe.folder, "recipe.json"), to_json(recipe)))
     with trainer.averaged():
         return _export(begin, recipe, ranks)
 

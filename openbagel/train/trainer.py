@@ -11,7 +11,7 @@ import math
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -175,13 +175,15 @@ class Loop(ABC):
         """The model holds its averaged weights inside, if there are any."""
         return self.ema.applied(self.model) if self.ema is not None else nullcontext()
 
-    def run(self) -> None:
-        """Trains to the last step, from the newest checkpoint if there is one; saves at the end.
+    def run(self, begun: Callable[[], object] = lambda: None) -> None:
+        """Trains to the last step, from the newest checkpoint if there is one; saves at the end. begun is
+        called once the run has found that it can go on.
 
         SIGTERM, SIGINT and SIGUSR1 end the run after their step; it is saved then too.
         """
         checkpoints = Checkpoints(self.place.checkpoints, self.ranks, keep=self.training.keep)
         state = self._resume(checkpoints)
+        begun()
         with StopSignal() as signals, self._log(state) as metrics:
             minutes = self.training.max_minutes
             deadline = math.inf if minutes is None else time.monotonic() + minutes * 60

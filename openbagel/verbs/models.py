@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from openbagel import doctor
+from openbagel.data.convert import check_vacant
 from openbagel.dfloat11 import write_dfloat11
 from openbagel.gguf_files import KINDS, write_gguf
 from openbagel.hub import download, find_model, outlined
@@ -15,8 +16,16 @@ from openbagel.memory import PRESETS, bytes_of, fit, parameters_of
 from openbagel.placement import spreads
 from openbagel.quantize import Precision, precision_of, quantize
 from openbagel.train.stages import open_run
-from openbagel.verbs.options import DTYPES, option, size_of, weighted
-from openbagel.weights import Checkpoint, config_in, config_json, describe, load_checkpoint, save_checkpoint
+from openbagel.verbs.options import option, size_of, weighted
+from openbagel.weights import (
+    DTYPES,
+    Checkpoint,
+    config_in,
+    config_json,
+    describe,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 FORMATS = (*DTYPES, *(str(one) for one in Precision), "dfloat11", *(f"gguf-{kind}" for kind in KINDS))
 
@@ -86,8 +95,7 @@ class Convert:
     shard_gb: float | None = option("split the transformer into files of this size, in gigabytes")
 
     def run(self) -> None:
-        if self.output.exists() and any(self.output.iterdir()):
-            raise ValueError(f"{self.output} is not empty; name a new folder")
+        check_vacant(self.output)
         checkpoint = open_run(self.source, self.weights) or load_checkpoint(find_model(self.source))
         for name, weight in self.lora or ():
             load_adapter(checkpoint.model, find_model(name), weight=weight)

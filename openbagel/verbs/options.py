@@ -3,13 +3,13 @@ output."""
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from PIL import Image
 from tqdm import tqdm
@@ -20,8 +20,7 @@ from openbagel.inference.pipeline import Bagel
 from openbagel.picture_files import save_picture
 from openbagel.placement import OFFLOADS
 from openbagel.quantize import Precision
-
-DTYPES = ("float32", "bfloat16", "float16")
+from openbagel.weights import DTYPES
 
 
 def option(help: str, default: Any = None, **argument: Any) -> Any:
@@ -32,7 +31,7 @@ def option(help: str, default: Any = None, **argument: Any) -> Any:
 def size_of(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT to (height, width)."""
     width, x, height = text.lower().partition("x")
-    if not (x and width.isdecimal() and height.isdecimal()):
+    if not (x and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT, for example 64x64")
     return int(height), int(width)
 
@@ -83,11 +82,10 @@ class ModelOptions:
     understanding_only: bool = option("load no more than looking and writing takes", False)
 
     def load(self) -> Bagel:
-        dtype = getattr(torch, self.dtype) if self.dtype else None
         options = {"quantize": self.quantize, "lora": dict(self.lora or ()), "offload": self.offload}
         options |= {"max_memory": dict(self.max_memory or ()) or None}
         options |= {"understanding_only": self.understanding_only}
-        return Bagel.load(self.model, device=self.device, dtype=dtype, **options)
+        return Bagel.load(self.model, device=self.device, dtype=self.dtype, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +124,18 @@ def progress(total: int, unit: str = "step") -> Iterator[tqdm]:
 
 
 def numbered(output: Path, count: int) -> list[Path]:
-    """One path, or several: out-1.png, out-2.png …, or 1.png, 2.png … in a folder."""
-    if count == 1:
-        return [output if output.suffix else output / "1.png"]
-    width = len(str(count))
-    numbers = [f"{i:0{width}d}" for i in range(1, count + 1)]
-    if output.suffix:
-        return [output.with_stem(f"{output.stem}-{number}") for number in numbers]
-    return [output / f"{number}.png" for number in numbers]
+    """One path, or several: out-1.png, out-2.png …, or 1.png, 2.png … in a folder. Made before any work, so
+    that no picture is lost: ValueError, or an OSError, where none could be kept.
+    """
+    ends = [f"{i:0{len(str(count))}d}" for i in range(1, count + 1)]
+    paths = [output.with_stem(f"{output.stem}-{n}") if output.suffix else output / f"{n}.png" for n in ends]
+    paths = [output] if output.suffix and count == 1 else paths
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
+        if not known or path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written; name a .png or .jpg file in a folder of yours")
+    return paths
 
 
 def keep(picture: Image.Image, path: Path) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from openbagel.evals import base, curve, world
 from openbagel.evals.base import Suite
 from openbagel.evals.judges import Endpoint, Judge
@@ -47,8 +45,8 @@ class Eval(ModelOptions):
     judge: str | None = option("the URL of an OpenAI-shaped endpoint, for example http://localhost:8000/v1")
     judge_model: str | None = option("the judge's name there; its key: the variable OPENAI_API_KEY")
     judge_votes: int = option("how often each question is put; most replies decide", 1)
-    judge_price: tuple[float, float] = option("of a million tokens", (0.0, 0.0), metavar=("IN", "OUT"))
-    judge_budget: float = option("no call is made once so much is spent", 1e9)
+    judge_price: tuple[float, float] | None = option("of a million tokens", metavar=("IN", "OUT"))
+    judge_budget: float | None = option("no call is made once so much is spent; it needs the price")
     judge_cache: Path = option("where replies are kept; none is asked for twice", Path("runs/replies"))
     kinds: list[str] | None = option("world: kinds of tasks; default: all that the model knows", nargs="+")
     samples: int = option("world: examples of each kind", 50)
@@ -106,8 +104,8 @@ class Eval(ModelOptions):
             url=self.judge,
             model=self.judge_model,
             votes=self.judge_votes,
-            price=self.judge_price,
-            most_cost=self.judge_budget,
+            price=self.judge_price or (0.0, 0.0),
+            most_cost=1e9 if self.judge_budget is None else self.judge_budget,
         )
         return Judge(endpoint, self.judge_cache)
 
@@ -145,7 +143,7 @@ class EvalCurve:
     def load(self, folder: Path) -> Bagel:
         checkpoint = open_run(folder, self.weights)
         assert checkpoint is not None
-        device = torch.device(self.device or default_device())
+        device = default_device(self.device)
         for part in filter(None, (checkpoint.model, checkpoint.autoencoder)):
             part.to(device)
         return Bagel(checkpoint)

@@ -23,7 +23,7 @@ class Train:
 
     recipe: str = option(positional=True, help="a YAML file, for example recipes/nano_finetuning.yaml")
     overrides: list[str] = option(
-        positional=True, help="keys to change, for example model.steps=200", nargs="*", metavar="KEY=VALUE"
+        positional=True, help="keys to change, for example train.steps=200", nargs="*", metavar="KEY=VALUE"
     )
 
     def run(self) -> None:

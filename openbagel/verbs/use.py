@@ -4,6 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from openbagel.demo import sheet
 from openbagel.inference.events import Event, Preview, Text, Thought
 from openbagel.picture_files import clip_writer, read_frames
@@ -27,9 +29,9 @@ class Generate(ModelOptions, SamplingOptions):
         sampling = self.over(bagel.config.settings.draw)
         with progress(len(prompts) * (sampling.num_timesteps - 1)) as bar:
             drawer = bagel.using(sampling, listen=lambda event: bar.update(isinstance(event, Preview)))
-            pictures = drawer.generate(prompts, size=self.size, seed=self.seed, think=self.think)
-        for picture, path in zip(pictures, paths, strict=True):
-            keep(picture, path)
+            for i, path in enumerate(paths):  # one by one: memory for one, and what is drawn is kept
+                drawn = drawer.generate(prompts[i], size=self.size, seed=self.seed + i, think=self.think)
+                keep(drawn, path)
 
     def _prompts(self) -> list[str]:
         if (self.prompt is None) == (self.prompts is None):
@@ -38,7 +40,7 @@ class Generate(ModelOptions, SamplingOptions):
             raise ValueError(f"--num {self.num} must be at least 1")
         if self.prompts is None:
             return [self.prompt or ""]
-        lines = [line.strip() for line in self.prompts.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in self.prompts.read_text("utf-8-sig").splitlines()]
         if not any(lines):
             raise ValueError(f"{self.prompts} holds no prompt; write one a line")
         return [line for line in lines if line]
@@ -54,8 +56,10 @@ class Ask(ModelOptions, SamplingOptions):
 
     def run(self) -> None:
         *images, question = self.parts
+        if Path(question).suffix.lower() in Image.registered_extensions() and Path(question).is_file():
+            raise ValueError(f"{question} is a picture; the question comes last")
         bagel = self.load()
-        speaker = bagel.using(self.over(bagel.config.settings.ask), listen=speak)
+        speaker = bagel.using(self.over(bagel.config.settings.ask), listen=Speaker())
         speaker.ask(images, question, seed=self.seed, think=self.think)
         print()
 
@@ -73,13 +77,14 @@ class Edit(ModelOptions, SamplingOptions):
     def run(self) -> None:
         *images, instruction = self.parts
         if not images:
-            raise ValueError("give at least one picture file before the instruction")
+            raise ValueError("nothing to edit: give at least one picture file before the instruction")
+        (path,) = numbered(self.output, 1)
         bagel = self.load()
         sampling = self.over(bagel.config.settings.edit)
         with progress(sampling.num_timesteps - 1) as bar:
             editor = bagel.using(sampling, listen=lambda event: bar.update(isinstance(event, Preview)))
             picture = editor.edit(images, instruction, size=self.size, seed=self.seed, think=self.think)
-        keep(picture, self.output)
+        keep(picture, path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +110,7 @@ class Video(ModelOptions, SamplingOptions):
         given = [frame for path in self.frames or [] for frame in read_frames(Path(path))]
         bagel = self.load()
         settings = bagel.config.settings
-        sampling = self.over(settings.edit if given and self.prompt else settings.draw)
+        sampling = self.over(settings.filming(shown=bool(given), told=bool(self.prompt)))
         groups = -(-self.num_frames // settings.video_group)
         with progress(groups * (sampling.num_timesteps - 1)) as bar:
             camera = bagel.using(sampling, listen=lambda event: bar.update(isinstance(event, Preview)))
@@ -124,17 +129,23 @@ class Demo(ModelOptions):
     output: Path = option("the PNG file; a clip is put beside it", Path("demo/sheet.png"), short="-o")
 
     def run(self) -> None:
+        (path,) = numbered(self.output, 1)
         picture, clip = sheet(self.load(), report=lambda line: print(line, flush=True))
-        keep(picture, self.output)
+        keep(picture, path)
         if clip:
-            beside = self.output.with_name("clip.gif")
+            beside = path.with_name("clip.gif")
             clip_writer(beside, fps=4.0)(clip)
             print(beside)
 
 
-def speak(event: Event) -> None:
-    """Prints an answer as it comes; thoughts go to the error stream."""
-    if isinstance(event, Text):
-        print(event.text, end="", flush=True)
-    elif isinstance(event, Thought):
-        print(event.text, end="\n", file=sys.stderr, flush=True)
+class Speaker:
+    """Prints an answer as it comes; thoughts go to the error stream, on lines of their own."""
+
+    thinking = False
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Text | Thought):
+            if self.thinking and isinstance(event, Text):
+                print(file=sys.stderr)
+            self.thinking = isinstance(event, Thought)
+            print(event.text, end="", file=sys.stderr if self.thinking else sys.stdout, flush=True)

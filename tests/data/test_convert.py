@@ -168,6 +168,10 @@ def test_what_a_format_cannot_hold_is_said(tmp_path: Path) -> None:
     bare = files.write_parquet(tmp_path / "bare" / "x.parquet", [files.t2i_row(0) | {"extra": b"123"}])
     with pytest.raises(ValueError, match="'extra'"):
         convert(bare, tmp_path / "out", Format.JSONL)
+    files.picture(0).save(tmp_path / "0.png")
+    mixed = [{"image": "0.png", "note": "one"}, {"image": "0.png", "note": ["one", "two"]}]
+    with pytest.raises(ValueError, match="rows differ in a field's type"):
+        convert(files.write_jsonl(tmp_path / "mixed.jsonl", mixed), tmp_path / "out", Format.PARQUET)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.part"))
 
 

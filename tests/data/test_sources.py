@@ -246,6 +246,11 @@ def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_pictures(tmp_path: Path) -> None:
     source = open_source(write_folder(tmp_path, rows=3))
     assert rows(source) == [{"image": tmp_path / f"{i}.png", "caption": caption(i)} for i in range(3)]
+    (tmp_path / "1.txt").write_bytes("\ufeffa cross\r\n".encode())  # as Windows' editor saves it
+    assert source.row(1)["caption"] == "a cross"
+    (tmp_path / "1.txt").write_bytes(b"\xff\xfea\x00")
+    with pytest.raises(BadRow, match="no UTF-8"):
+        source.row(1)
     (tmp_path / "1.txt").unlink()
     with pytest.raises(BadRow, match=r"1\.png has no caption; write it to 1\.txt"):
         source.row(1)

@@ -519,9 +519,8 @@ def test_rise(tmp_path: Path) -> None:
         judge = Judge(Endpoint(url=url, model="judge", attempts=1), tmp_path / "cache")
         desk = Desk(data, picture(tmp_path / "out" / "m.png").parent, judge)
         for now in said:  # noqa: B007
-            verdicts.append(
-                pictures.RISE.score(samples[now], Made(id=now, parts=(Part(file="m.png"),)), desk)
-            )
+            made = Made(id=now, parts=(Part(file="m.png"),))
+            verdicts.append(pictures.RISE.score(samples[now], made, desk))
     found = dict(zip(said, (verdict.scores for verdict in verdicts), strict=True))
     assert samples["row 7"].problem.startswith("broken row")
     assert asked["t1"] == [("consist; t1; ref", 2), ("reasoning; t1; ref", 1), ("generation; t1; ref", 1)]

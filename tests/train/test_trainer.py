@@ -183,6 +183,22 @@ def test_an_old_run_is_not_overwritten(start: Path, tmp_path: Path):
         train(recipe(start, tmp_path, train__auto_resume=False), quiet)
 
 
+def test_what_cannot_go_on_changes_nothing(start: Path, tmp_path: Path):
+    train(recipe(start, tmp_path, train__steps=1), quiet)
+    before = (tmp_path / "recipe.json").read_bytes()
+    with pytest.raises(ValueError, match="of another run; name another folder"):
+        train(recipe(start, tmp_path, train__steps=2, train__ema=None), quiet)
+    code = "import fcntl, sys; fcntl.lockf(file := open(sys.argv[1], 'w'), 2); print(flush=True); input()"
+    line = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        with pytest.raises(ValueError, match="another process trains in"):
+            train(recipe(start, tmp_path, train__steps=2), quiet)
+        other.kill()
+    assert (tmp_path / "recipe.json").read_bytes() == before
+    train(recipe(start, tmp_path, train__steps=2), quiet)
+
+
 def test_the_resolved_recipe_repeats_the_run(start: Path, tmp_path: Path):
     train(recipe(start, tmp_path / "a", train__steps=2), quiet)
     again = read_recipe(tmp_path / "a" / "recipe.json", [f"folder={tmp_path / 'b'}"])
