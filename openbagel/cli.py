@@ -29,7 +29,8 @@ class Parser(argparse.ArgumentParser):
         parsed, left = self.parse_known_intermixed_args(arguments)
         if left:
             known = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"unknown argument {left[0]!r}{nearest(left[0].partition('=')[0], known)}")
+            hint = nearest(left[0].partition("=")[0], known) if left[0].startswith("-") else "; quote texts"
+            self.error(f"unknown argument {left[0]!r}{hint}")
         return parsed
 
 

@@ -249,6 +249,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["info", "bagel_7b", "--fit", "24"], "24GB"),
         (["convert", "nano", "{}/whole.png"], "whole.png"),
         (["edit", "remove the circle"], "at least one picture"),
+        (["ask", "{}/whole.png"], "the question comes last"),
         (["edit", "{}/nowhere.png", "x"], "nowhere.png"),
         (["ask", "{}/text.png", "x"], "text.png"),
         (["ask", "{}/cut.png", "x"], "truncated"),

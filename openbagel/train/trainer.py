@@ -203,6 +203,8 @@ class Loop(ABC):
                 if stop or self.step % self.training.save_every == 0:
                     self._save(checkpoints, metrics)
             checkpoints.close()
+        if self.step < (steps := self.training.steps):
+            self.ranks.report(f"stopped after step {self.step} of {steps}; the same command goes on")
 
     def _resume(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
         path = checkpoints.latest()

@@ -1,16 +1,19 @@
 """Runs beside each other: values with intervals, published rows, judges apart; and the page of one."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from openbagel.cli import parser_for
 from openbagel.evals import base
 from openbagel.evals.base import Made, Plan, Sample, Suite, Verdict
 from openbagel.evals.judges import Reply
 from openbagel.evals.page import page
 from openbagel.evals.report import compared
+from openbagel.evals.suites import SUITES
 from tests import tiny
 
 REPLY = Reply(text="<b>8</b>", judge="wise", date="2026-01-01", question="0" * 64)
@@ -92,3 +95,13 @@ def test_the_page_shows_everything_and_runs_nothing(folders: list[Path], tmp_pat
     assert "&lt;i&gt;3&lt;/i&gt;" in told and "<i>" not in told and "&lt;b&gt;8&lt;/b&gt;" in told
     assert "wise, 2026-01-01" in told and "so &amp; so" in told and 'src="../photo.png"' in told
     assert "BAGEL (published)" in told and 'data-kind="a&lt;b"' in told
+
+
+def test_the_documentation_has_a_command_and_a_row_for_each_suite() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text("utf-8")
+    commands = re.findall(r"^openbagel eval (\S+ +--model FOLDER --data .+)$", page, re.M)
+    listed = commands[-len(SUITES) :]  # after examples
+    parsed = [parser_for("eval").parse_strictly(command.split()) for command in listed]
+    assert [verb.suites for verb in parsed] == [[name] for name in SUITES]
+    assert [bool(verb.judge) for verb in parsed] == [suite.judged for suite in SUITES.values()]
+    assert re.findall(r"^\| `(.+?)` \|.*`?.+\|$", page, re.M)[-len(SUITES) :] == [*SUITES]

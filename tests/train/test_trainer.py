@@ -173,7 +173,9 @@ def test_both_losses_fall(start: Path, tmp_path: Path):
 
 
 def test_a_time_budget_stops_the_run_and_saves_it(start: Path, tmp_path: Path):
-    train(recipe(start, tmp_path, train__max_minutes=0.0), quiet)
+    said: list[str] = []
+    train(recipe(start, tmp_path, train__max_minutes=0.0), said.append)
+    assert said[-1].startswith("stopped after step 1 of ")
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-0000001"]
 
 
