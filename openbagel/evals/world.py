@@ -274,4 +274,4 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     share, square = right / total, z * z / total
     centre = (share + square / 2) / (1 + square)
     reach = z / (1 + square) * math.sqrt(share * (1 - share) / total + square / (4 * total))
-    return centre - reach, centre + reach
+    return max(centre - reach, 0.0), min(centre + reach, 1.0)

@@ -224,6 +224,7 @@ def test_values_count_kinds_and_groups_and_held_out_apart() -> None:
     spread = suite.spread(verdicts)
     low, high = wilson(3, 4)
     assert abs(low - 0.301) < 0.001 and abs(high - 0.954) < 0.001
+    assert wilson(0, 500)[0] == 0 and wilson(500, 500)[1] == pytest.approx(1)
     assert spread["draw_one"] == (100 * low, 100 * high) and spread["draw_two"][1] > 50
     reach = 1.96 * (0.078125**0.5) / 2
     assert spread["draw_one, order"] == pytest.approx((0.375 - reach, 0.375 + reach))
