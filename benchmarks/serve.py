@@ -36,6 +36,8 @@ CAPS = {"steps": 50, "tokens": 8, "n": 2, "body_seconds": 3.0, "output_pixels": 
 SHORT = {"prompt": "a red circle", "num_inference_steps": 3, "size": "8x8"}
 SECRET = "the canary sings at midnight"
 LARGE_BYTES = 300 * 10**6
+TURNS = 5
+"""Of schemathesis, which sometimes finds no case, or fails in making one of a file ("Unsupported type")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +162,11 @@ def schemathesis(server: Server, count: int) -> Figures:
     operations = [one.ok() for one in schema.get_all_operations()]
     heavy = [one for one in operations if one.method.upper() == "POST"]
 
-    def run(operation: Any, mode: Any, cases: int) -> None:
+    def run(operation: Any, mode: Any, cases: int, turn: int) -> None:
         @hypothesis.settings(
             max_examples=cases, database=None, deadline=None, suppress_health_check=[*hypothesis.HealthCheck]
         )
-        @hypothesis.seed(len(found))
+        @hypothesis.seed(turn)
         @hypothesis.given(operation.as_strategy(generation_mode=mode))
         def test(case: Any) -> None:
             answer = case.call(timeout=SECONDS)
@@ -178,8 +180,12 @@ def schemathesis(server: Server, count: int) -> Figures:
     for operation in operations:
         for mode in modes:
             share = 0.9 / len(heavy) if operation in heavy else 0.1 / max(1, len(operations) - len(heavy))
-            with suppress(hypothesis.errors.Unsatisfiable):
-                run(operation, mode, max(1, round(count * share / 2)))
+            wanted = found["cases"] + max(1, round(count * share / 2))
+            for turn in range(TURNS):
+                with suppress(hypothesis.errors.Unsatisfiable, ValueError):
+                    run(operation, mode, max(1, wanted - found["cases"]), turn)
+                if found["cases"] >= wanted:
+                    break
     figures = [Figure("cases", found["cases"], least=count // 2), Figure("2xx", found["2xx"], least=1)]
     figures += [Figure("4xx", found["4xx"], least=1), Figure("5xx", found["5xx"], most=0)]
     return [*figures, Figure("errors of another shape", found["unshaped"], most=0)]

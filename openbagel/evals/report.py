@@ -11,10 +11,12 @@ WIDE = 12
 """Values; more stand below each other."""
 
 
-def compared(folders: Sequence[Path], published: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def compared(
+    folders: Sequence[Path], published: Mapping[str, Mapping[str, Mapping[str, float]]], *, label: str = ""
+) -> str:
     """A table for each suite: a line a run, with intervals, then the published rows (columns, if there are
     many values); and for runs that judged the same pictures how far their judges are apart. published: rows
-    by suite and name.
+    by suite and name. label: in place of a folder's name.
     """
     runs: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for folder in folders:
@@ -31,7 +33,7 @@ def compared(folders: Sequence[Path], published: Mapping[str, Mapping[str, Mappi
         for folder, told in some:
             cells = [_cell(told["values"].get(name)) for name in names]
             problems = ", ".join(f"{count} {kind}" for kind, count in told["problems"].items())
-            rows.append([str(folder), *cells, str(told["scored"]), str(told["samples"]), problems])
+            rows.append([label or str(folder), *cells, str(told["scored"]), str(told["samples"]), problems])
         for row, values in published.get(suite, {}).items():
             told = [f"{values[n]:g}" if n in values else "" for n in names]
             rows.append([f"{row} (published)", *told, "", "", ""])

@@ -62,7 +62,8 @@ class Eval(ModelOptions):
             elif self.data is None:
                 raise ValueError(f"{name} needs --data DIR with {SUITES[name].needs}")
             else:
-                self.measure(SUITES[name], folder, self.load, self.data / name if several else self.data)
+                data = self.data / name if several else self.data
+                self.measure(SUITES[name], folder, load=self.load, data=data)
 
     def play(self, folder: Path) -> None:
         """The toy world; nothing is kept unless it was said where."""
@@ -76,9 +77,12 @@ class Eval(ModelOptions):
         )
         suite = world.suite(plan.for_model(bagel))
         with TemporaryDirectory() as away:
-            self.measure(suite, folder if self.output else Path(away), lambda: bagel)
+            kept = self.output is not None
+            self.measure(suite, folder if kept else Path(away), load=lambda: bagel, kept=kept)
 
-    def measure(self, suite: Suite, folder: Path, load: Callable[[], Bagel], data: Path = Path()) -> None:
+    def measure(
+        self, suite: Suite, folder: Path, *, load: Callable[[], Bagel], data: Path = Path(), kept: bool = True
+    ) -> None:
         """Runs a suite, shows its table and writes its page."""
         plan = base.Plan(
             data=data,
@@ -92,8 +96,8 @@ class Eval(ModelOptions):
             for _ in base.run(suite, plan, load, model=self.model, judge=self.judged(), expect=bar.reset):
                 bar.update()
         if (folder / "summary.json").is_file():  # else other ranks go on
-            print(compared([folder], {suite.name: suite.published}))
-            if self.output or self.data:
+            print(compared([folder], {suite.name: suite.published}, label="" if kept else self.model))
+            if kept:
                 (folder / "index.html").write_text(page(suite, plan), "utf-8")
                 print(folder / "index.html")
 

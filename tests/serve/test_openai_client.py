@@ -39,8 +39,12 @@ def server() -> Iterator[Server]:
 
 
 def quick(bagel: Bagel, **guidance: Any) -> Bagel:
-    sampling = replace(bagel.config.settings.draw, num_timesteps=STEPS + 1)
-    return bagel.using(replace(sampling, guidance=replace(sampling.guidance, **guidance)))
+    settings = bagel.config.settings
+    verbs = {
+        verb: replace(own, num_timesteps=STEPS + 1, guidance=replace(own.guidance, **guidance))
+        for verb, own in {"draw": settings.draw, "edit": settings.edit}.items()
+    }
+    return bagel.with_settings(replace(settings, **verbs))
 
 
 def decoded(code: str | None) -> Image.Image:

@@ -109,7 +109,7 @@ def sharded_8bit(ranks: Ranks, folder: Path) -> str:
 def test_8bit_states_and_averages_of_two_ranks(tmp_path: Path):
     assert run_ranks(2, sharded_8bit, tmp_path) == ["fine", "fine"]
     other = Run(Ranks("cpu"), eight_bit=True)
-    with pytest.raises(ValueError, match="8-bit optimiser states fit the number of ranks"):
+    with pytest.raises(ValueError, match="8-bit states fit so many ranks"):
         load(Checkpoints(tmp_path, Ranks("cpu")), training_tensors(other.model, other.ema, other.optimizer))
 
 
