@@ -34,9 +34,9 @@ from openbagel.tokens import TextCodec
 
 SEED, EPOCHS = 0, 4
 """A row is planned as in so many epochs: captions, instructions and groups are drawn anew in each."""
-PACKS, STREAMS = 16, 2
-"""Packs of each stream made to measure how full they are: the second half, when all waiting samples are usual
-ones.
+PACKS, SAMPLES, STREAMS = 32, 10_000, 2
+"""Packs made to measure how full they are (fewer where they hold so many samples): of the streams by turns,
+the second half, when all waiting samples are usual ones.
 """
 SHOWN, LISTED = 2, 20
 """Samples of each data set in the previews; problems of each that are printed."""
@@ -201,7 +201,9 @@ def _packed(usable: Sequence[Examined], packing: Packing, config: BagelConfig) -
     groups = [dataset.group for dataset in usable]
     supply = Supply(groups, packing, seed=SEED, measure=measure, pair_cost=pair_cost(config))
     streams = [Stream(supply, index) for index in range(min(STREAMS, packing.streams))]
-    packs = [stream.next_pack()[0] for _ in range(PACKS) for stream in streams]
+    packs: list[Any] = []
+    while len(packs) < PACKS and sum(map(len, packs)) < SAMPLES:
+        packs += [stream.next_pack()[0] for stream in streams]
     packs = packs[len(packs) // 2 :]
     samples = [sample for pack in packs for sample in pack]
     seen = Counter(sample.id.dataset for sample in samples)
