@@ -262,15 +262,18 @@ class Stream:
             if all(sample.id.dataset != name for sample in pack):
                 pack += self._mandatory(name, most - _total(pack).tokens)
         budget = COST_SLACK * self._cost(self.drawn) / self.drawn.tokens * most
+        used = _total(pack)
         while True:
             pool += [self._draw() for _ in range(supply.packing.pool - len(pool))]
-            room, left = most - _total(pack).tokens, budget - self._cost(_total(pack))
+            room, left = most - used.tokens, budget - self._cost(used)
             fitting = [c for c in pool if c.extent.tokens <= room and self._cost(c.extent) <= left]
             if not fitting:
                 return pack
             cheap = [c for c in fitting if self._cost(c.extent) * room <= left * c.extent.tokens]
-            pack.append(max(cheap or fitting, key=lambda candidate: candidate.extent.tokens))
-            pool.remove(pack[-1])
+            best = max(cheap or fitting, key=lambda candidate: candidate.extent.tokens)
+            pack.append(best)
+            pool.remove(best)
+            used = Extent(used.tokens + best.extent.tokens, used.pairs + best.extent.pairs)
 
     def _mandatory(self, name: str, room: int) -> list[Candidate]:
         """The oldest candidate of a dataset that fits; none when neither pool nor some draws have one."""
