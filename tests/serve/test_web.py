@@ -285,11 +285,20 @@ def test_edits_what_is_painted(browser: Any, address: str, tmp_path: Path) -> No
     box = place.bounding_box()
     assert box
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    screen.page.mouse.move(x - 20, y)
-    screen.page.mouse.down()
-    screen.page.mouse.move(x + 20, y, steps=4)
-    screen.page.mouse.up()
-    screen.page.wait_for_timeout(2000)
+    screen.page.mouse.move(5, 5)
+    empty = place.screenshot()
+
+    def paints() -> bool:
+        """A stroke, and whether it is to be seen: the editor may not be awake yet."""
+        screen.page.mouse.move(x - 20, y)
+        screen.page.mouse.down()
+        screen.page.mouse.move(x + 20, y, steps=4)
+        screen.page.mouse.up()
+        screen.page.mouse.move(5, 5)
+        screen.page.wait_for_timeout(4000)
+        return place.screenshot() != empty
+
+    screen.wait(paints, 90)
     screen.send("make the ground white")
     screen.wait(lambda: len(screen.pictures(".slider-wrap")) == 2, 240)
     first, second = screen.pictures(".slider-wrap")
