@@ -6,7 +6,7 @@ it draws is judged, what it films is measured; and its own texts and pictures go
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -101,7 +101,7 @@ def suite(plan: Plan) -> Suite:
     )
 
 
-def evaluate(bagel: Bagel, plan: Plan, progress: Callable[[int], object] | None = None) -> Iterator[Verdict]:
+def evaluate(bagel: Bagel, plan: Plan) -> Iterator[Verdict]:
     """Verdicts in order of kind and index, nothing of which is kept; the same plan on the same model gives
     the same ones.
     """
@@ -112,8 +112,6 @@ def evaluate(bagel: Bagel, plan: Plan, progress: Callable[[int], object] | None 
         talks = [_converse(plan, bagel, sample, plan.think) for sample in some]
         for sample, made in zip(some, bagel.engine.drive_all(talks), strict=True):
             yield _verdict(sample, *_review(plan, sample, made))
-        if progress is not None:
-            progress(len(some))
 
 
 def _samples(plan: Plan) -> Iterator[Sample]:
@@ -134,27 +132,20 @@ def _example(plan: Plan, sample: Sample) -> tuple[World, Example]:
 def _converse(plan: Plan, bagel: Bagel, sample: Sample, think: bool) -> Request[list[Any]]:
     """All that the model makes of one exercise, in order."""
     world, exercise = _example(plan, sample)
-    settings = bagel.config.settings
     heard, made = list[Any](), list[Any]()
     for step in exercise.steps:
         if isinstance(step, Said | Shown):
             heard.append(as_heard(step, world.side))
             continue
         seed = sample.seed + TURN_SEEDS * len(made)
+        if isinstance(step, Films):
+            made.append((yield from bagel.film_request(heard, num_frames=len(step.views), seed=seed)))
+            continue
+        kind = "auto" if exercise.decides else "text" if isinstance(step, Writes) else "image"
+        made += yield from bagel.chat_request(heard, reply=kind, size=None, seed=seed, think=think)
         if exercise.decides:
-            return (yield from bagel.interleave_request(heard, size=None, seed=seed, think=think))
-        both = len({isinstance(part, str) for part in heard}) == 2
-        sampling = settings.edit if both else settings.draw
-        if isinstance(step, Writes):
-            reply = yield from bagel.write_request(heard, seed=seed, think=think)
-        elif isinstance(step, Films):
-            count = len(step.views)
-            reply = yield from bagel.film_request(heard, num_frames=count, seed=seed)
-        else:
-            options = {"size": None, "seed": seed, "think": think}
-            reply = yield from bagel.draw_request(heard, sampling=sampling, **options)
-        made.append(reply)
-        heard += reply if isinstance(reply, list) else [reply]
+            break
+        heard.append(made[-1])
     return made
 
 

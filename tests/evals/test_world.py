@@ -124,9 +124,10 @@ def test_a_models_own_pictures_go_on_in_the_conversation() -> None:
         def __init__(self) -> None:
             self.config, self.heard, self.seeds = Bagel.load("nano").config, list[Any](), list[int]()
 
-        def draw_request(self, heard: Sequence[Any], *, seed: int, **options: Any) -> Request[Any]:
+        def chat_request(self, heard: Sequence[Any], *, seed: int, **options: Any) -> Request[Any]:
+            assert options == {"reply": "image", "size": None, "think": False}
             self.heard, self.seeds = list(heard), [*self.seeds, seed]
-            return Image.new("RGB", (64, 64), (len(self.seeds), 0, 0))
+            return [Image.new("RGB", (64, 64), (len(self.seeds), 0, 0))]
             yield
 
     plan, painter = Plan(world="nano", kinds=("edit_turns",), samples=2), Painter()
