@@ -297,21 +297,16 @@ def _kept(sample: Sample, values: Any, outputs: Path) -> Made:
         asked.update(hashlib.sha256(part.read_bytes() if isinstance(part, Path) else part.encode()).digest())
     parts: list[Part] = []
     for place, value in enumerate(values):
-        name = Path(sample.file or f"{sample.id}{'' if isinstance(value, list) else '.png'}")
-        file = name.with_stem(f"{name.stem}-{place}") if len(values) > 1 else name
         if isinstance(value, Answer):
             parts.append(Part(text=str(value), thought=value.thought))
             continue
-        frames = (
-            {file / f"{n:03}.png": frame for n, frame in enumerate(value)}
-            if isinstance(value, list)
-            else {file: value}
-        )
-        pixels = hashlib.sha256()
-        for path, frame in frames.items():
-            save_picture(frame, outputs / path)
-            pixels.update(frame.tobytes())
-        thought = frames[file].info.get("thought") if file in frames else None
+        is_clip, pixels = isinstance(value, list), hashlib.sha256()
+        name = Path(sample.file or f"{sample.id}{'' if is_clip else '.png'}")
+        file = name.with_stem(f"{name.stem}-{place}") if len(values) > 1 else name
+        for number, picture in enumerate(value if is_clip else [value]):
+            save_picture(picture, outputs / file / f"{number:03}.png" if is_clip else outputs / file)
+            pixels.update(picture.tobytes())
+        thought = None if is_clip else value.info.get("thought")
         parts.append(Part(file=file.as_posix(), pixels=pixels.hexdigest(), thought=thought))
     return Made(id=sample.id, parts=tuple(parts), asked=asked.hexdigest())
 
@@ -395,7 +390,7 @@ def _fingerprint(model: str) -> str | None:
         for path in sorted(found.iterdir()) if found.is_dir() else [found]:
             if path.suffix in (".safetensors", ".gguf"):
                 with path.open("rb") as file:
-                    file.seek(size := path.stat().st_size // 2)
+                    file.seek((size := path.stat().st_size) // 2)
                     digest.update(f"{path.name} {size} ".encode() + file.read(2**16))
         return digest.hexdigest()
     return None

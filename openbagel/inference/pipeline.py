@@ -170,7 +170,7 @@ class Bagel:
         replaces the model's own.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        sampling = self._sampling("draw", guidance)
+        sampling = _guided(self.config.settings.draw, guidance)
         requests = [
             self.draw_request([text], size=size, seed=seed + i, think=think, sampling=sampling)
             for i, text in enumerate(prompts)
@@ -194,7 +194,7 @@ class Bagel:
         parts = [*_pictures(images), instruction]
         if len(parts) == 1:
             raise ValueError("nothing to edit: give at least one picture")
-        sampling = self._sampling("edit", guidance)
+        sampling = _guided(self.config.settings.edit, guidance)
         request = self.draw_request(parts, size=size, seed=seed, think=think, sampling=sampling)
         return self.engine.drive(request, self.listen)
 
@@ -224,8 +224,8 @@ class Bagel:
         parts: list[Part] = []
         for given in _pictures(frames):
             parts += read_frames(given) if isinstance(given, Path) else [given]
-        sampling = self.config.settings.filming(shown=bool(parts), told=bool(prompt))
-        sampling = replace(sampling, guidance=guidance) if guidance else sampling
+        own = self.config.settings.filming(shown=bool(parts), told=bool(prompt))
+        sampling = _guided(own, guidance)
         parts += [prompt] if prompt else []
         request = self.film_request(parts, num_frames=num_frames, sampling=sampling, **options)
         return self.engine.drive(request, self.listen)
@@ -270,7 +270,7 @@ class Bagel:
             return self.interleave_request(parts, size=size, seed=seed, think=think, max_parts=max_parts)
         if reply == "text":
             return _alone(self.write_request(parts, seed=seed, think=think))
-        sampling = self._sampling(_task(parts), None)
+        sampling = self._sampling(parts)
         return _alone(self.draw_request(parts, size=size, seed=seed, think=think, sampling=sampling))
 
     def write_request(self, parts: Sequence[Part], *, seed: int, think: bool) -> Request[Answer]:
@@ -386,7 +386,7 @@ class Bagel:
         if max_parts < 1:
             raise ValueError(f"max_parts {max_parts} must be at least 1")
         opened = self._opened(parts)
-        brush = self._brush(opened, size, seed, self._sampling(_task(parts), None))
+        brush = self._brush(opened, size, seed, self._sampling(parts))
         return interleave(
             self._heard(opened, brush, think),
             brush,
@@ -425,9 +425,10 @@ class Bagel:
     def _said(self, text: str) -> Text:
         return Text(self.codec.encode(text))
 
-    def _sampling(self, task: Literal["draw", "edit"], guidance: Guidance | None) -> Sampling:
-        sampling: Sampling = getattr(self.config.settings, task)
-        return replace(sampling, guidance=guidance) if guidance else sampling
+    def _sampling(self, parts: Sequence[Part]) -> Sampling:
+        """Of a drawing where only texts are heard, else of an edit."""
+        settings = self.config.settings
+        return settings.draw if all(isinstance(part, str) for part in parts) else settings.edit
 
 
 def _alone(request: Request[Any]) -> Request[list[Any]]:
@@ -452,5 +453,5 @@ def _pictures(images: Part | Sequence[Part]) -> list[Path | Image.Image]:
     return [Path(image) if isinstance(image, str) else image for image in several]
 
 
-def _task(parts: Sequence[Part]) -> Literal["draw", "edit"]:
-    return "draw" if all(isinstance(part, str) for part in parts) else "edit"
+def _guided(sampling: Sampling, guidance: Guidance | None) -> Sampling:
+    return replace(sampling, guidance=guidance) if guidance else sampling
