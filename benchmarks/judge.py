@@ -34,7 +34,7 @@ def strict_spec(scene: Scene) -> Spec:
 
 def free_world(name: str = "nano") -> World:
     """A world with its objects anywhere: the judge is not to rely on where they lie between pixels."""
-    return replace(WORLDS[name](), cells=None)
+    return replace(WORLDS[name](), cells=10_000)
 
 
 def sample_scenes(world: World, count: int, *, seed: int) -> list[Scene]:

@@ -4,6 +4,8 @@ The autoencoder learns absolute and squared error and a little KL. Its last step
 latents with noise: what a model draws is never exact, and a decoder that has seen such latents puts it right.
 Source: noise-augmented decoding, arXiv 2510.11690 §4.
 
+It sees pictures of every kind of exercise: one that knew stills alone spoiled two of three solids.
+
 The ViT learns to see: from a patch's features a linear head tells whether an object's centre lies there,
 which object it is, where exactly, and what the ground is.
 
@@ -11,7 +13,7 @@ Shapes: V patches of all pictures, D width of the ViT.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +27,8 @@ from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
 from openbagel.train.trainer import Loop, Place, Training
 from openbagel.world.render import render
-from openbagel.world.scene import Scene, World
+from openbagel.world.scene import Scene, View, World
+from openbagel.world.tasks import sample_views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +70,13 @@ class EncoderTrainer(Loop):
         if (step := self.step) < (steps := self.training.steps):
             raise ValueError(f"the {self.name} stopped at step {step} of {steps}; run again to go on")
 
-    def scenes(self, step: int) -> tuple[list[Scene], Tensor]:
-        """Scenes and float[samples, 3, side, side] in [-1, 1] of them."""
-        rng = random.Random(f"{self.name}/{self.training.seed}/{step}")
-        scenes = self.world.sample_scenes(rng, self.recipe.samples)
-        return scenes, render(scenes, self.world.side, self.ranks.device) * 2 - 1
+    def chance(self, step: int) -> random.Random:
+        """What decides which pictures a step shows."""
+        return random.Random(f"{self.name}/{self.training.seed}/{step}")
+
+    def rendered(self, views: Sequence[View]) -> Tensor:
+        """float[views, 3, side, side] in [-1, 1]."""
+        return render(views, self.world.side, self.ranks.device) * 2 - 1
 
 
 # the autoencoder --------------------------------------------------------------------------------------------
@@ -86,7 +91,11 @@ class AutoencoderTrainer(EncoderTrainer):
         self.weights = {"error": 1.0, "kl": recipe.kl_weight}
 
     def batches(self) -> list[Tensor]:
-        return [self.scenes(self.step)[1].contiguous(memory_format=torch.channels_last)]
+        return [self.pixels(self.step).contiguous(memory_format=torch.channels_last)]
+
+    def pixels(self, step: int) -> Tensor:
+        """Pictures of every kind of exercise, turned and cut objects and solids among them."""
+        return self.rendered(sample_views(self.world, self.chance(step), self.recipe.samples))
 
     def counts(self, batch: Tensor) -> dict[str, float]:
         cells = batch.numel() // 3 // self.model.config.downsample**2
@@ -110,7 +119,7 @@ class AutoencoderTrainer(EncoderTrainer):
 
     def latent_statistics(self) -> tuple[float, float]:
         """(scale, shift) that bring sampled latents to mean 0 and variance 1, measured on fresh pictures."""
-        pixels = torch.cat([self.scenes(-1 - i)[1] for i in range(512 // self.recipe.samples)])
+        pixels = torch.cat([self.pixels(-1 - i) for i in range(512 // self.recipe.samples)])
         with torch.no_grad():
             moments = self.model.moments(pixels)
             z = self.model.latents(moments, self._noise(moments.chunk(2, dim=1)[0], "statistics"))
@@ -201,7 +210,8 @@ class VisionTrainer(EncoderTrainer):
         }
 
     def pictures(self, step: int) -> Pictures:
-        scenes, images = self.scenes(step)
+        scenes = self.world.sample_scenes(self.chance(step), self.recipe.samples)
+        images = self.rendered(scenes)
         (things, places), device = self._truth(scenes), images.device
         grounds = torch.tensor([self.world.grounds.index(scene.ground) for scene in scenes])
         ids = grid_position_ids((self.grid, self.grid), self.side, False)

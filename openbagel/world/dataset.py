@@ -101,7 +101,7 @@ class _Teller:
     def web(self, index: int) -> Row:
         """A story or a walk; every third time two prompts, each followed by its picture with a caption."""
         if index % 3:
-            return self.row(index - index // 3 - 1, "tell_story", "walk_")
+            return page(self.made(index - index // 3 - 1, "tell_story", "walk_").steps, self.world.side)
         made = [self.made(2 * index + turn, "draw_") for turn in range(2)]
         captions = [words for one in made for words in (None, *map(caption, _drawn(one)))]
         return {**page(made[0].steps + made[1].steps, self.world.side), "captions": captions}

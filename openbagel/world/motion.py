@@ -13,7 +13,7 @@ from itertools import islice, pairwise
 
 import numpy as np
 
-from openbagel.world.choice import Choice, require
+from openbagel.world.choice import Choice, again, require
 from openbagel.world.exercise import Draws, Films, Said, Shown, Spec, Step, Steps, kinds
 from openbagel.world.language import Phrase, enumerate_words
 from openbagel.world.scene import MARGIN, Look, Scene, Solid, Thing, View, apart, inside, turn_between
@@ -21,10 +21,10 @@ from openbagel.world.scene import MARGIN, Look, Scene, Solid, Thing, View, apart
 GIVEN, DRAWN = 3, 10
 """Frames of a clip that are shown, and that are to be drawn."""
 FRAMES = GIVEN + DRAWN
-SLOWEST, FASTEST = 1 / 32, 1 / 12
-"""Speeds of objects, in sides a frame."""
-SPIN = (math.radians(6), math.radians(20))
-"""Turns of objects a frame; less than half the least symmetry of a shape, so that their sense is seen."""
+SLOWEST, FASTEST = 1 / 32, 1 / 11
+"""Speeds of objects, in sides a frame: across and down, whole cells of the world."""
+SPIN = math.radians(30)
+"""What objects turn by a frame; less than half the least symmetry of a shape, so that their sense is seen."""
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 ACTIONS = {f"go {name}": (*step, 1.0) for name, step in DIRECTIONS.items()}
 ACTIONS |= {"zoom in": (0, 0, 0.5), "zoom out": (0, 0, 2.0)}
@@ -55,12 +55,13 @@ def film_text(choose: Choice) -> Steps:
 
     def way(look: Look) -> Way:
         start, (across, down) = _anywhere(choose, look), choose.pick(list(DIRECTIONS.values()))
-        low = _room(start)[0 if across else 1]
-        speed = choose.rng.uniform(SLOWEST, min(FASTEST, (1 - 2 * low) / DRAWN))
-        first = choose.rng.uniform(low, 1 - low - speed * DRAWN)
-        first = round(first if across + down > 0 else 1 - first, 4)
+        low = _room(choose, start)[0 if across else 1]
+        speed = choose.world.coordinate(choose.rng, SLOWEST, FASTEST)
+        require(low + (gone := speed * (DRAWN - 1)) <= 1 - low)
+        first = choose.world.coordinate(choose.rng, low, 1 - low - gone)
+        first = first if across + down > 0 else 1 - first
         start = replace(start, x=first) if across else replace(start, y=first)
-        return _way(start, (across * speed, down * speed))
+        return _way(choose, start, (across * speed, down * speed))
 
     def clause(start: Thing, end: Thing) -> str:
         x, y = end.x - start.x, end.y - start.y
@@ -74,14 +75,19 @@ def film_text(choose: Choice) -> Steps:
 
 def _continued(choose: Choice, *, moves: bool, turns: bool) -> Steps:
     def way(look: Look) -> Way:
-        spin = choose.rng.uniform(*SPIN) * choose.pick((-1, 1)) if turns else 0.0
-        start, speed, angle = _anywhere(choose, look, spin), 0.0, 0.0
-        if moves:
-            speed, angle = choose.rng.uniform(SLOWEST, FASTEST), choose.rng.uniform(0, 2 * math.pi)
-        return _way(start, (speed * math.cos(angle), speed * math.sin(angle)), spin)
+        spin = choose.pick((-SPIN, SPIN)) if turns else 0.0
+        velocity = _velocity(choose) if moves else (0.0, 0.0)
+        return _way(choose, _anywhere(choose, look, spin), velocity, spin)
 
     views = _frames(choose, _looks(choose, turns), way)
     return *map(Shown, views[:GIVEN]), Films(views[GIVEN:])
+
+
+@again
+def _velocity(choose: Choice) -> tuple[float, float]:
+    across, down = (choose.world.coordinate(choose.rng, -FASTEST, FASTEST) for _ in range(2))
+    require(SLOWEST <= math.hypot(across, down) <= FASTEST)
+    return across, down
 
 
 def _looks(choose: Choice, turns: bool = False) -> list[Look]:
@@ -98,18 +104,18 @@ def _looks(choose: Choice, turns: bool = False) -> list[Look]:
 
 def _anywhere(choose: Choice, look: Look, spin: float = 0.0) -> Thing:
     thing = look.at(0.5, 0.5, rotation=choose.pick(choose.world.turns(look.shape)))
-    x, y = (round(choose.rng.uniform(room, 1 - room), 4) for room in _room(thing, spin))
+    x, y = (choose.world.coordinate(choose.rng, low, 1 - low) for low in _room(choose, thing, spin))
     return replace(thing, x=x, y=y)
 
 
-def _room(thing: Thing, spin: float = 0.0) -> tuple[float, float]:
-    """How near an object's centre may come to the border, across and down."""
-    reach = math.hypot(*thing.shape.half_box) * thing.radius
-    width, height = (reach, reach) if spin else thing.half_box()
-    return width + MARGIN, height + MARGIN
+def _room(choose: Choice, thing: Thing, spin: float = 0.0) -> tuple[float, ...]:
+    """How near an object's centre may come to the border, across and down, in whole cells."""
+    reach, cells = math.hypot(*thing.shape.half_box) * thing.radius, choose.world.cells
+    half_box = (reach, reach) if spin else thing.half_box()
+    return tuple(math.ceil((half + MARGIN) * cells) / cells for half in half_box)
 
 
-def _way(start: Thing, velocity: tuple[float, float], spin: float = 0.0) -> Way:
+def _way(choose: Choice, start: Thing, velocity: tuple[float, float], spin: float = 0.0) -> Way:
     """An object in every frame: straight on, back from the border, turned by `spin` a frame."""
 
     def bounced(place: float, low: float) -> float:
@@ -121,7 +127,7 @@ def _way(start: Thing, velocity: tuple[float, float], spin: float = 0.0) -> Way:
         x, y = bounced(start.x + dx * frame, width), bounced(start.y + dy * frame, height)
         return replace(start, x=x, y=y, rotation=start.rotation + spin * frame)
 
-    (dx, dy), (width, height) = velocity, _room(start, spin)
+    (dx, dy), (width, height) = velocity, _room(choose, start, spin)
     return list(map(at, range(FRAMES)))
 
 
@@ -206,7 +212,7 @@ def _map(choose: Choice) -> Scene:
     """Up to nine objects of different looks, the first of them a held-out pair if asked for."""
 
     def somewhere(look: Look) -> Way:
-        x, y = (round(choose.rng.uniform(0, MAP_SIDE), 4) for _ in range(2))
+        x, y = (FAR * choose.world.coordinate(choose.rng, 0, MAP_SIDE / FAR) for _ in range(2))
         look = replace(look, size=choose.pick(choose.world.sizes))
         return [look.at(x, y, rotation=choose.pick(choose.world.turns(look.shape)))]
 

@@ -197,8 +197,8 @@ class World:
 
     `held_out` pairs of shape and colour never occur in scenes sampled for training; `held_out_relations` are
     words that are never said of a pair (a red circle is never called "left of" anything), `held_out_counts`
-    numbers in which a pair never comes. `side` is the side of a picture in pixels; with `cells`, centres lie
-    on multiples of 1/cells, else anywhere. Objects are turned by one of `rotations`. Up to the share
+    numbers in which a pair never comes. `side` is the side of a picture in pixels; centres lie on multiples
+    of 1/cells, in clips and on maps too. Objects are turned by one of `rotations`. Up to the share
     `overlap` of an object's width or height may be hidden by a later one; with 0 objects keep a gap. Every
     random choice comes from the `random.Random` that is passed in.
     """
@@ -210,7 +210,7 @@ class World:
     max_things: int
     side: int
     held_out: frozenset[Pair] = frozenset()
-    cells: int | None = None
+    cells: int = 10_000
     rotations: tuple[float, ...] = (0.0,)
     overlap: float = 0.0
     held_out_relations: frozenset[tuple[Pair, Relation]] = frozenset()
@@ -298,11 +298,15 @@ class World:
         rotation = turns[0] if len(turns) == 1 else rng.choice(turns)
         half_box = look.at(0.5, 0.5, rotation=rotation).half_box()
         for _ in range(_TRIES_PER_OBJECT):
-            x, y = (_coordinate(rng, half + MARGIN, self.cells) for half in half_box)
+            x, y = (self.coordinate(rng, low := half + MARGIN, 1 - low) for half in half_box)
             thing = look.at(x, y, rotation=rotation)
             if self._may_lie(thing, others):
                 return thing
         return None
+
+    def coordinate(self, rng: random.Random, lowest: float, highest: float) -> float:
+        """A random multiple of a cell's side."""
+        return rng.randint(math.ceil(lowest * self.cells), math.floor(highest * self.cells)) / self.cells
 
     def allows(self, things: Sequence[Thing]) -> bool:
         """Whether all objects are inside the picture and can be told apart and counted: they keep a gap, or,
@@ -322,19 +326,12 @@ class World:
         """The last resort of `place`: one object in each cell of a square grid."""
         columns = math.ceil(math.sqrt(len(looks)))
         middles = [(i + 0.5) / columns for i in range(columns)]
-        if self.cells:
-            middles = [round(middle * self.cells) / self.cells for middle in middles]
+        middles = [round(middle * self.cells) / self.cells for middle in middles]
         things = tuple(look.at(middles[i % columns], middles[i // columns]) for i, look in enumerate(looks))
         if not self.allows(things):
             sizes = ", ".join(look.size for look in looks)
             raise ValueError(f"{len(looks)} objects ({sizes}) do not fit; ask for fewer or smaller ones")
         return things
-
-
-def _coordinate(rng: random.Random, lowest: float, cells: int | None) -> float:
-    if cells is None:
-        return round(rng.uniform(lowest, 1 - lowest), 4)
-    return rng.randint(math.ceil(lowest * cells), math.floor((1 - lowest) * cells)) / cells
 
 
 def apart(a: Thing, b: Thing) -> bool:

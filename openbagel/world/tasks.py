@@ -15,7 +15,7 @@ from openbagel.world.edit import EDIT
 from openbagel.world.exercise import Example, Steps, Task, Words, views
 from openbagel.world.motion import MOTION
 from openbagel.world.reason import REASON
-from openbagel.world.scene import Scene, World
+from openbagel.world.scene import Scene, View, World
 from openbagel.world.tell import TELL
 
 _CORPUS_EXAMPLES_PER_KIND = 150
@@ -43,6 +43,18 @@ def _made(choose: Choice, kind: str) -> Steps:
     scenes = (view for view in views(steps) if isinstance(view, Scene))
     require(choose.held_out or all(choose.world.allows_counts(scene.things) for scene in scenes))
     return steps
+
+
+def sample_views(world: World, rng: random.Random, number: int) -> list[View]:
+    """Pictures and frames of exercises, of every group of kinds as many; nothing held out."""
+    kinds = [kind for kind in TASKS if kind != "tell_text"]
+    groups = sorted({kind.partition("_")[0] for kind in kinds})
+    found: list[View] = []
+    for _ in range(number):
+        group = rng.choice(groups)
+        kind = rng.choice([kind for kind in kinds if kind.startswith(group)])
+        found.append(rng.choice(views(example(world, rng.getrandbits(62), 0, kind).steps)))
+    return found
 
 
 def corpus(world: World) -> Iterator[str]:

