@@ -124,9 +124,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_least(self, max_tokens=1, max_think_tokens=0, temperature=0, top_k=0, num_timesteps=2)
-        top_p, shift = self.top_p, self.timestep_shift
-        if not (0 < top_p <= 1 and 0 < shift < math.inf):
-            raise ValueError(f"top_p {top_p} must lie in (0, 1], timestep_shift {shift} above 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must lie in (0, 1]")
+        if not 0 < self.timestep_shift < math.inf:
+            raise ValueError(f"timestep_shift {self.timestep_shift} must be finite and above 0")
 
 
 GUIDANCE_OPTIONS = {
@@ -352,7 +353,7 @@ def _convert_leaf(kind: Any, value: Any, where: str) -> Any:
 
 def read_yaml(path: str | Path, what: str, remedy: str) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; ValueError says that `what` cannot be read, or is none."""
-    message = f"{what} {path} cannot be read as YAML: {{error}}"
+    message = f"{what} {path} cannot be read: {{error}}"
     with retold(message, OSError, UnicodeDecodeError, yaml.YAMLError):
         tree = yaml.safe_load(Path(path).read_text("utf-8"))
     if not isinstance(tree, dict):

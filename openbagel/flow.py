@@ -6,6 +6,7 @@ A latent at time t is x_t = (1 - t)·x0 + t·noise; the model predicts the veloc
 Shapes: N latent tokens of one picture, C channels of a token.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -42,6 +43,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         low, high = self.interval
+        if not (math.isfinite(self.text) and math.isfinite(self.image)):
+            raise ValueError(f"guidance scales must be finite, not text {self.text} and image {self.image}")
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"guidance interval {self.interval} must satisfy 0 <= low <= high <= 1")
         if not 0.0 <= self.renorm_min <= 1.0:

@@ -1,5 +1,7 @@
 """Schedule, interpolation, Euler steps and guidance against their formulas."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -121,6 +123,8 @@ def test_equal_branches_change_nothing(renorm: Renorm) -> None:
         ({"interval": (0.5, 0.4)}, "interval"),
         ({"interval": (-0.1, 1.0)}, "interval"),
         ({"renorm_min": 1.5}, "renorm_min 1.5"),
+        ({"text": math.nan}, "finite, not text nan and image 1.0"),
+        ({"image": math.inf}, "finite, not text 4.0 and image inf"),
     ],
 )
 def test_impossible_guidance_is_refused(options: dict, message: str) -> None:

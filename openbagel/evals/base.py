@@ -113,12 +113,15 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Scores by name; no score where there was a problem, such as a reply that could not be read."""
+    """Scores by name; no score where there was a problem, such as a reply that could not be read. reasons: of
+    each part of a conversation that the model made, "" where it is right.
+    """
 
     id: str
     group: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    reasons: tuple[str, ...] = ()
     problem: str = ""
     replies: tuple[Reply, ...] = ()
 
@@ -183,7 +186,7 @@ class Suite:
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     submission: Callable[[Sequence[tuple[Sample, Made]], Path], Path] | None = None
     converse: Callable[[Bagel, Sample, bool], Request[list[Any]]] | None = None
-    turns: Callable[[Sample, Made, Desk], list[Turn]] | None = None
+    turns: Callable[[Sample, Made, Verdict, Desk], list[Turn]] | None = None
     plan: Any = None
     spread: Callable[[Sequence[Verdict]], dict[str, tuple[float, float]]] | None = None
 

@@ -26,7 +26,7 @@ def page(suite: Suite, plan: Plan) -> str:
     for sample in samples:
         if (verdict := verdicts.get(sample.id)) is not None:
             turns = suite.turns or _turns
-            shown = "".join(_turn(turn, folder) for turn in turns(sample, made[sample.id], desk))
+            shown = "".join(_turn(turn, folder) for turn in turns(sample, made[sample.id], verdict, desk))
             notes = [] if suite.turns else [verdict.reason]  # else each turn has its own
             articles.append(_article(sample, verdict, shown, notes))
     return Template(TEMPLATE.read_text("utf-8")).substitute(
@@ -39,7 +39,7 @@ def page(suite: Suite, plan: Plan) -> str:
     )
 
 
-def _turns(sample: Sample, made: Made, desk: Desk) -> list[Turn]:
+def _turns(sample: Sample, made: Made, verdict: Verdict, desk: Desk) -> list[Turn]:
     """The sample's parts and what was made of them."""
     turns = [Turn(part) for part in sample.parts]
     for part in made.parts:

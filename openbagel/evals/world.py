@@ -15,9 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from openbagel.checks import check_choice
+from openbagel.checks import check_choice, check_least
 from openbagel.config import to_json
-from openbagel.evals.base import Desk, Made, Sample, Suite, Turn, Verdict
+from openbagel.evals.base import Sample, Suite, Turn, Verdict
 from openbagel.inference.engine import Request
 from openbagel.inference.pipeline import Answer, Bagel
 from openbagel.world.exercise import Draws, Example, Films, Said, Shown, Step, Writes, views
@@ -52,6 +52,9 @@ class Plan:
     seed: int = SEED
     world: str | None = None
 
+    def __post_init__(self) -> None:
+        check_least(self, samples=1)
+
     def for_model(self, bagel: Bagel) -> "Plan":
         """The plan with its world and its kinds named. ValueError for those that there are not."""
         settings = bagel.config.settings
@@ -83,20 +86,16 @@ def kinds_of(world: World, held_out: bool = False) -> dict[str, bool]:
 
 def suite(plan: Plan) -> Suite:
     """The benchmark of a plan that `Plan.for_model` has completed."""
-
-    def review(sample: Sample, made: Made, desk: Desk) -> tuple[list[Turn], dict[str, float]]:
-        return _review(plan, sample, desk.values(made))
-
     return Suite(
         name="world",
         about="the toy world's exercises, judged exactly",
         needs="nothing",
         samples=lambda data: _samples(plan),
         converse=partial(_converse, plan),
-        score=lambda sample, made, desk: _verdict(sample, *review(sample, made, desk)),
+        score=lambda sample, made, desk: _verdict(plan, sample, desk.values(made)),
         summary=lambda verdicts: {name: fmean(some) for name, some in _values(verdicts).items()},
         spread=lambda verdicts: {name: _interval(some) for name, some in _values(verdicts).items()},
-        turns=lambda sample, made, desk: review(sample, made, desk)[0],
+        turns=lambda sample, made, verdict, desk: _turns(plan, sample, desk.values(made), verdict.reasons),
         plan=to_json(plan),
     )
 
@@ -111,7 +110,7 @@ def evaluate(bagel: Bagel, plan: Plan) -> Iterator[Verdict]:
         some = samples[first : first + BATCH]
         talks = [_converse(plan, bagel, sample, plan.think) for sample in some]
         for sample, made in zip(some, bagel.engine.drive_all(talks), strict=True):
-            yield _verdict(sample, *_review(plan, sample, made))
+            yield _verdict(plan, sample, made)
 
 
 def _samples(plan: Plan) -> Iterator[Sample]:
@@ -149,45 +148,62 @@ def _converse(plan: Plan, bagel: Bagel, sample: Sample, think: bool) -> Request[
     return made
 
 
-def _review(plan: Plan, sample: Sample, made: Sequence[Any]) -> tuple[list[Turn], dict[str, float]]:
-    """The conversation as it went, each thing that was made judged, and what was measured besides."""
+def _verdict(plan: Plan, sample: Sample, made: Sequence[Any]) -> Verdict:
+    """Right if everything that was made is."""
     world, exercise = _example(plan, sample)
-    given = [step for step in exercise.steps if isinstance(step, Said | Shown)]
-    wanted = [step for step in exercise.steps if not isinstance(step, Said | Shown)]
+    measures = dict[str, float]()
     if exercise.decides:
-        turns = [Turn(as_heard(step, world.side)) for step in given]
-        kinds = [isinstance(step, Writes) for step in wanted]
-        order = [isinstance(value, str) for value in made] == kinds
-        return [*turns, *_told(world, exercise, wanted, made)], {"order": float(order)}
-    turns, measures, replies = list[Turn](), dict[str, float](), iter(made)
-    for step in exercise.steps:
-        if isinstance(step, Said | Shown):
-            turns.append(Turn(as_heard(step, world.side)))
-            continue
-        value = next(replies)
-        if isinstance(step, Films):
-            reason = _clip(world, step.views, value, measures, any(isinstance(s, Shown) for s in given))
+        kinds = [isinstance(step, Writes) for step in exercise.steps if isinstance(step, Writes | Draws)]
+        measures["order"] = float([isinstance(value, str) for value in made] == kinds)
+    goes_on = any(isinstance(step, Shown) for step in exercise.steps)
+    reasons = list[str]()
+    for step, value, problem in _wanted(world, exercise, made):
+        if problem or step is None:
+            reasons.append(problem)
+        elif isinstance(step, Films):
+            reasons.append(_clip(world, step.views, value, measures, goes_on))
         else:
-            reason = _wrong(world, step, value)
-        turns.append(_turn(world, step, value, reason))
-    return turns, measures
+            reasons.append(_wrong(world, step, value))
+    reason = next(filter(None, reasons), "")
+    scores = {"right": float(not reason), **measures}
+    return Verdict(id=sample.id, group=sample.group, scores=scores, reason=reason, reasons=tuple(reasons))
 
 
-def _told(world: World, story: Example, wanted: Sequence[Step], made: Sequence[Any]) -> Iterator[Turn]:
-    """A story's parts; the model's own words say what is right to show."""
+def _turns(plan: Plan, sample: Sample, made: Sequence[Any], reasons: Sequence[str]) -> list[Turn]:
+    """The conversation as it went, everything that was made beside one right answer."""
+    world, exercise = _example(plan, sample)
+    wanted = zip(_wanted(world, exercise, made), reasons, strict=True)
+    parts = iter([_turn(world, step, value, reason) for (step, value, _), reason in wanted])
+    turns = list[Turn]()
+    for step in exercise.steps:
+        heard = Turn(as_heard(step, world.side)) if isinstance(step, Said | Shown) else next(parts, None)
+        turns += [heard] if heard else []
+    return [*turns, *parts]
+
+
+def _wanted(world: World, exercise: Example, made: Sequence[Any]) -> Iterator[tuple[Step | None, Any, str]]:
+    """What was to be made, what was, and what is wrong before one looks at it. In a story the model's own
+    words say what is right to show.
+    """
+    wanted = [step for step in exercise.steps if not isinstance(step, Said | Shown)]
+    if not exercise.decides:
+        yield from ((step, value, "") for step, value in zip(wanted, made, strict=True))
+        return
     texts = [str(value) for value in made if isinstance(value, str)]
     for place, (step, value) in enumerate(itertools.zip_longest(wanted, made)):
-        told = wanted[: place + 1]
-        try:
-            if value is None or step is None or isinstance(value, str) != isinstance(step, Writes):
-                wrong = "went on after the end" if step is None else "the wrong one of text and picture"
-                raise ValueError("ended too early" if value is None else wrong)
-            if any(isinstance(one, Writes) for one in told):
-                told = as_told(world, replace(story, steps=tuple(told)), texts).steps
-            reason, step = _wrong(world, told[-1], value), told[-1]
-        except ValueError as error:
-            reason = str(error)
-        yield _turn(world, step, value, reason)
+        told, problem = wanted[: place + 1], ""
+        if step is None:
+            problem = "went on after the end"
+        elif value is None:
+            problem = "ended too early"
+        elif isinstance(value, str) != isinstance(step, Writes):
+            problem = "the wrong one of text and picture"
+        elif any(isinstance(one, Writes) for one in told):
+            try:
+                step = as_told(world, replace(exercise, steps=tuple(told)), texts).steps[-1]
+            except ValueError as error:
+                problem = str(error)
+        yield step, value, problem
 
 
 def _wrong(world: World, step: Step, made: Any) -> str:
@@ -222,13 +238,6 @@ def _turn(world: World, step: Step | None, made: Any, reason: str) -> Turn:
     some = made[0] if isinstance(made, list) else made
     thought = some.thought if isinstance(some, Answer) else some.info.get("thought") if some else None
     return Turn("" if made is None else made, truth, not reason, reason, thought)
-
-
-def _verdict(sample: Sample, turns: Sequence[Turn], measures: dict[str, float]) -> Verdict:
-    """Right if every turn is."""
-    reason = next((turn.reason for turn in turns if turn.right is False), "")
-    scores = {"right": float(not reason), **measures}
-    return Verdict(id=sample.id, group=sample.group, scores=scores, reason=reason)
 
 
 # scores -----------------------------------------------------------------------------------------------------

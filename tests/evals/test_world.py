@@ -57,8 +57,10 @@ def judged(spoil: Any = list, world: str = "nano", **plan: Any) -> list[Judged]:
     found = []
     for sample in evals._samples(asked):
         place, example = evals._example(asked, sample)
-        turns, measures = evals._review(asked, sample, spoil(truth_of(example, place.side)))
-        verdict = evals._verdict(sample, turns, measures)
+        made = spoil(truth_of(example, place.side))
+        verdict = evals._verdict(asked, sample, made)
+        turns = evals._turns(asked, sample, made, verdict.reasons)
+        measures = {name: value for name, value in verdict.scores.items() if name != "right"}
         found.append(Judged(sample.truth["kind"], verdict, turns, measures))
     return found
 
@@ -90,6 +92,11 @@ def test_mistakes_are_wrong_and_told() -> None:
         assert not record.right and record.verdict.reason
         first = next(turn for turn in record.turns if turn.right is not None)
         assert first.reason == record.verdict.reason and not first.right
+
+
+def test_no_samples_are_no_plan() -> None:
+    with pytest.raises(ValueError, match="samples 0 must be at least 1"):
+        Plan(samples=0)
 
 
 def test_a_story_may_be_another_one_but_must_hold_together() -> None:
@@ -175,7 +182,9 @@ def a_run(folder: Path, **options: Any) -> list[Verdict]:
     short = {"num_timesteps": 4, "max_tokens": 32, "max_think_tokens": 64}
     how = base.Plan(data=Path(), folder=folder, think=plan.think, options=short, batch=10)
     verdicts = list(base.run(evals.suite(plan), how, lambda: bagel, model="nano"))
-    told = page(evals.suite(plan), how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evals, "_verdict", None)  # what was judged once is only told
+        told = page(evals.suite(plan), how)
     assert told.count("<article ") == 10 and 'src="data:image/png;base64,' in told and "http" not in told
     (folder / "index.html").write_text(told)
     return verdicts
