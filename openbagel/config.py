@@ -95,6 +95,11 @@ class VAEConfig:
     scale: float
     shift: float
 
+    def __post_init__(self) -> None:
+        if self.ch % self.groups:
+            told = f"{self.ch} channels cannot be normalised in {self.groups} groups"
+            raise ValueError(f"vae_config: {told}; write the model's own in its config.json")
+
     @property
     def downsample(self) -> int:
         return 2 ** (len(self.ch_mult) - 1)
@@ -172,8 +177,13 @@ class ModelSettings:
     film: Sampling | None = None
     video_group: int = 4
     """Frames of a clip that are drawn together, at one time and in full attention."""
+    video_window: int | None = None
+    """So many last frames are what the next ones are drawn after; None: all before them."""
     world: str | None = None
     """The toy world it was trained on, if any."""
+
+    def __post_init__(self) -> None:
+        check_least(self, video_group=1, video_window=1)
 
     def filming(self, *, shown: bool, told: bool) -> Sampling:
         """Of clips with or without frames and a text; where the model has none: of drawings and edits."""
@@ -281,7 +291,8 @@ def nano(vocab_size: int) -> BagelConfig:
     edited = replace(drawn, guidance=replace(drawn.guidance, text=2.0))
     filmed = replace(drawn, num_timesteps=13, guidance=replace(drawn.guidance, image=2.0))
     asked = Sampling(max_tokens=64, max_think_tokens=96)
-    settings = replace(official_settings(), draw=drawn, edit=edited, ask=asked, film=filmed, video_group=1)
+    settings = replace(official_settings(), draw=drawn, edit=edited, ask=asked, film=filmed)
+    settings = replace(settings, video_group=1, video_window=3)
     llm = replace(QWEN_7B, vocab_size=vocab_size, hidden_size=256, intermediate_size=480, rope_theta=1e4)
     return replace(
         bagel_7b(),

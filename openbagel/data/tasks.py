@@ -58,6 +58,8 @@ class TaskSetting:
     """web_interleaved: learn the texts and captions too."""
     group_decay: float = 1.0
     """video_interleaved: n groups are drawn with a weight of group_decay^(n - 1)."""
+    window: int | None = None
+    """video_interleaved: one group is learned after so many clean frames; None: after all before it."""
     noisy_history: float = 0.5
     """video_interleaved: how often the frames before the last group are noised (diffusion forcing)."""
     copies: int = 1
@@ -333,7 +335,8 @@ def video_interleaved(row: Row, setting: TaskSetting) -> list[Part]:
     The other frames are grouped at random; captions of changes into and inside a group stand before it. The
     last group is always learned. Those before it are given clean (a lone frame that something precedes is
     learned first, as in an edit), or all are noised and learned. With `given` a clean history ends after any
-    group, so that each is learned after it. Without captions the sampler chooses the frames of a video.
+    group, so that each is learned after it. Without captions the sampler chooses the frames of a video. A
+    `window` cuts a clip so that any one group comes after the last frames before it, as one clean group.
     """
     changes = _list(row, "captions") if row.get("captions") else []
     count = len(changes) + 1 if changes else None
@@ -348,6 +351,12 @@ def video_interleaved(row: Row, setting: TaskSetting) -> list[Part]:
     sizes = random_groups(len(frames) - given, setting.rng, setting.group_decay)
     if row.get("given") is not None and not noisy:
         sizes = sizes[: setting.rng.randint(1, len(sizes))]
+    if setting.window is not None:
+        *before, size = sizes[: setting.rng.randint(1, len(sizes))]
+        end = given + sum(before)
+        start, end = max(0, end - setting.window), end + size
+        frames, leads = frames[start:end], [leads[0], *leads[start + 1 : end]]
+        given, sizes = end - start - size, [size]
     parts: list[Part] = []
     first, stop = 0, given + sum(sizes)
     for size in [given, *sizes] if given else sizes:

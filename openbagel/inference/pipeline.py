@@ -352,17 +352,18 @@ class Bagel:
         """
         if not parts:
             raise ValueError("nothing to film: give frames, a prompt, or both")
-        together = self.config.settings.video_group if group is None else group
+        settings = self.config.settings
+        together = settings.video_group if group is None else group
         if num_frames < 1 or together < 1:
             raise ValueError(f"num_frames {num_frames} and group {together} must be at least 1")
         opened = self._opened(parts)
         told, shown = (any(isinstance(part, kind) for part in opened) for kind in (str, Image.Image))
-        sampling = sampling or self.config.settings.filming(shown=shown, told=told)
+        sampling = sampling or settings.filming(shown=shown, told=told)
         if not (told or sampling.guidance.uses_image):
             sampling = replace(sampling, guidance=replace(sampling.guidance, text=1.0))
         brush = self._brush(opened, size, seed, sampling)
         heard = self._heard(clips(opened, size), brush)
-        return film(heard, brush, num_frames=num_frames, group=together)
+        return film(heard, brush, num_frames=num_frames, group=together, window=settings.video_window)
 
     def interleave_request(
         self,

@@ -6,7 +6,8 @@
     image    [prompt]                                             …
 
 The frames of a group are noised alike and see each other (paper §2.3); what is drawn later sees them clean,
-as in training with a clean history.
+as in training with a clean history. With a window every group begins anew, from the texts and then the last
+frames alone as one group: a long clip needs no more memory than a short one.
 """
 
 from collections.abc import Sequence
@@ -16,22 +17,46 @@ from PIL import Image
 from openbagel.inference import events
 from openbagel.inference.context import Context
 from openbagel.inference.engine import Request
-from openbagel.inference.image import Branches
+from openbagel.inference.image import Branches, frames_of
 from openbagel.inference.pictures import Brush
-from openbagel.sequence import Segment
+from openbagel.sequence import Segment, Text, VaeImage, VitImage
+
+Heard = Sequence[Sequence[Segment]]
 
 
 def film(
-    heard: Sequence[Sequence[Segment]], brush: Brush, *, num_frames: int, group: int
+    heard: Heard, brush: Brush, *, num_frames: int, group: int, window: int | None = None
 ) -> Request[list[Image.Image]]:
-    """Takes in texts and given clips, then draws num_frames frames, at most `group` of them at a time."""
-    branches = Branches.of(Context(brush.codec.config.llm))
-    yield from branches.hear(heard)
+    """Takes in texts and given clips, then draws num_frames frames, at most `group` of them at a time, after
+    all frames before them or the last `window`.
+    """
+    branches = yield from _begun(heard, brush, window)
     made: list[Image.Image] = []
-    while len(made) < num_frames:
+    while True:
         pictures, tokens = yield from brush.draw(branches, min(group, num_frames - len(made)))
         made += pictures
-        if len(made) < num_frames:
-            yield from branches.filmed(brush.kept(pictures, tokens))
-    yield events.Done()
-    return made
+        if len(made) == num_frames:
+            yield events.Done()
+            return made
+        kept = brush.kept(pictures, tokens)
+        if window is None:
+            yield from branches.filmed(kept)
+        else:
+            heard = [*heard, kept]
+            branches = yield from _begun(heard, brush, window)
+
+
+def _begun(heard: Heard, brush: Brush, window: int | None) -> Request[Branches]:
+    branches = Branches.of(Context(brush.codec.config.llm))
+    if window is None:
+        yield from branches.hear(heard)
+        return branches
+    segments = [segment for part in heard for segment in part]
+    yield from branches.hear([[segment] for segment in segments if isinstance(segment, Text)])
+    images = [segment for segment in segments if isinstance(segment, VaeImage)]
+    if images:
+        frames = [frame for image in images for frame in image.frames][-window:]
+        looks = [segment for segment in segments if isinstance(segment, VitImage)][-window:]
+        clip = VaeImage(frames_of([frame.tokens for frame in frames], frames[-1].grid))
+        yield from branches.filmed([clip, *looks])
+    return branches

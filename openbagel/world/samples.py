@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from openbagel.checks import check_choice
+from openbagel.checks import check_choice, check_least
 from openbagel.config import BagelConfig
 from openbagel.data.samples import Part
 from openbagel.data.tasks import TASKS as DATA_TASKS
@@ -34,11 +34,14 @@ class Mixture:
     """Noised copies of a target, each at its own time."""
     group_decay: float = 0.3
     """Frames to draw are cut into n groups with a weight of group_decay^(n - 1)."""
+    film_window: int | None = None
+    """A group is learned after so many frames, None: after all before it; see `TaskSetting.window`."""
     examples_per_kind: int = 20_000
     seed: int = 0
     world: str = "nano"
 
     def __post_init__(self) -> None:
+        check_least(self, film_window=1)
         world_named(self.world)
         for kind in self.kinds:
             check_choice("kinds: kind", kind, TASKS)
@@ -94,6 +97,7 @@ class WorldDataset:
             rng=rng,
             copies=mixture.copies,
             group_decay=mixture.group_decay,
+            window=mixture.film_window,
         )
         return DATA_TASKS[task](fields, setting)
 

@@ -419,6 +419,31 @@ def test_every_clip_ends_in_a_target_and_shows_each_frame() -> None:
     assert seen >= {(noisy, size) for noisy in (True, False) for size in (1, 2, 3, 4)}
 
 
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_window_shows_the_last_frames_before_any_group(given: int) -> None:
+    row = {"frames": frames_row(0, 6)["frames"], "caption": "once", "given": given}
+    seen = set()
+    for seed in range(300):
+        said, *parts = parts_of("video_interleaved", row, seed, window=2)
+        assert isinstance(said, Text) and codec().decode(said.ids) == "once"
+        *shown, drawn = [part for part in parts if isinstance(part, Draw)]
+        assert drawn.role is (Role.TARGET if len(drawn.pictures) == 1 else Role.GROUP)
+        history = [picture.content for draw in shown for picture in draw.pictures]
+        assert all(draw.role is Role.CONDITION for draw in shown) and len(shown) <= 1
+        first = row["frames"].index(drawn.pictures[0].content)
+        end = first + len(drawn.pictures)
+        assert [p.content for p in drawn.pictures] == row["frames"][first:end]
+        assert history == row["frames"][max(0, first - 2) : first]
+        assert sum(isinstance(part, Look) for part in parts) == len(history)
+        seen.add(first)
+    assert seen == set(range(given, 6))
+    changes = parts_of("video_interleaved", frames_row(0, 6), 1, window=2, group_decay=1e9)
+    said = [codec().decode(part.ids) for part in changes if isinstance(part, Text)]
+    drawn = [part for part in changes if isinstance(part, Draw)][-1]
+    last = frames_row(0, 6)["frames"].index(drawn.pictures[0].content)
+    assert said == [f"the circle moves {change}" for change in range(max(0, last - 2), last)]
+
+
 def test_half_of_the_histories_are_noised() -> None:
     drawn = [parts_of("video_interleaved", frames_row(0, 2), seed, group_decay=1e9) for seed in range(400)]
     noisy = sum(isinstance(p[0], Draw) and p[0].role is Role.GROUP for p in drawn)

@@ -47,7 +47,10 @@ class Decided(random.Random):
 
 
 def trained_on(
-    task: Callable[[dict[str, Any], TaskSetting], list[Part]], row: dict[str, Any], epoch: int = 0
+    task: Callable[[dict[str, Any], TaskSetting], list[Part]],
+    row: dict[str, Any],
+    epoch: int = 0,
+    window: int | None = None,
 ) -> list[Segment]:
     """The segments that training makes of a row, the tiny model's own way, with nothing dropped."""
     settings = tiny.config().settings
@@ -58,6 +61,7 @@ def trained_on(
         dropout=NEVER,
         rng=Decided(),
         noisy_history=0.0,
+        window=window,
     )
     sample = Sample(SampleId("row", epoch, 0), decode(task(row, setting)))
     encoder = LatentEncoder(tiny.checkpoint().autoencoder, tiny.config(), seed=0)

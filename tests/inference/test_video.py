@@ -69,6 +69,30 @@ def test_what_is_fed_is_what_training_feeds(
     assert layout([*held, *forward.rows[-1].segments]) == layout(trained)
 
 
+@pytest.mark.parametrize("prompt", [None, PROMPT], ids=["no prompt", "prompt"])
+@pytest.mark.parametrize(
+    ("given", "num_frames", "group"), [(3, 1, 1), (3, 4, 1), (1, 4, 2), (0, 3, 1), (0, 1, 1)]
+)
+def test_a_window_is_what_training_with_one_feeds(
+    bagel: Bagel, monkeypatch: pytest.MonkeyPatch, prompt: str | None, given: int, num_frames: int, group: int
+) -> None:
+    if not (given or prompt):
+        return
+
+    def begins_anew(event: events.Event) -> None:
+        if isinstance(event, events.Picture):
+            spy.cond, spy.fed = None, []
+
+    camera = bagel.with_settings(replace(bagel.config.settings, video_window=2)).using(listen=begins_anew)
+    with spied(camera, monkeypatch) as spy:
+        drawn = camera.continue_video(GIVEN[:given], num_frames, prompt=prompt, group=group)
+    monkeypatch.setattr(tasks, "random_groups", lambda length, *_: [group] * (length // group))
+    row = {"frames": [png(frame) for frame in (*GIVEN[:given], *drawn)], "given": given, "caption": prompt}
+    trained = visible(trained_on(tasks.video_interleaved, row, window=2))
+    held, forward, _ = spy.drawings[-1]
+    assert layout([*held, *forward.rows[-1].segments]) == layout(trained)
+
+
 @pytest.mark.parametrize("given", [0, 2])
 def test_cached_groups_equal_a_forward_without_cache(
     bagel: Bagel, monkeypatch: pytest.MonkeyPatch, given: int
