@@ -138,7 +138,7 @@ def read_frames(path: Path) -> list[Image.Image]:
     """The RGB frames of a video or GIF file, or of a still picture; raises as `open_picture` does."""
     if path.suffix.lower() in VIDEOS:
         with open_video(path) as container:
-            frames = [frame.to_image() for frame in islice(container.decode(video=0), MAX_FRAMES + 1)]
+            frames = [picture_of(frame) for frame in islice(container.decode(video=0), MAX_FRAMES + 1)]
     else:
         with _header(path) as picture:
             frames = [_rgb(_upright(f)) for f in islice(ImageSequence.Iterator(picture), MAX_FRAMES + 1)]
@@ -156,6 +156,11 @@ def open_video(path: Path) -> Iterator[Any]:
     message = f"{path} cannot be read as a video ({{error}}); get a complete copy of it"
     with retold(message, av.error.FFmpegError, IndexError), av.open(str(path)) as container:
         yield container
+
+
+def picture_of(frame: Any) -> Image.Image:
+    """A decoded frame of a video the right way up: a phone that was held upright writes a rotation."""
+    return frame.to_image().rotate(frame.rotation, expand=True)
 
 
 def clip_writer(path: Path, fps: float) -> Callable[[Sequence[Image.Image]], None]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from openbagel.checks import check_choice
 from openbagel.config import BagelConfig
 from openbagel.images import ImageLimits, to_pixels
-from openbagel.picture_files import open_picture, open_video, picture_size
+from openbagel.picture_files import open_picture, open_video, picture_of, picture_size
 from openbagel.sequence import Span, Text, VitImage
 
 
@@ -261,14 +261,17 @@ def video_header(path: Path) -> tuple[int, tuple[int, int]]:
     with open_video(path) as container:
         stream = container.streams.video[0]
         count = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-        return count, (stream.codec_context.width, stream.codec_context.height)
+        width, height = stream.codec_context.width, stream.codec_context.height
+        container.seek(0)
+        turned = any(frame.rotation % 180 for frame in islice(container.decode(stream), 1))
+        return count, (height, width) if turned else (width, height)
 
 
 @lru_cache(maxsize=2)
 def _frames_at(path: Path, indices: tuple[int, ...]) -> list[Image.Image]:
     with open_video(path) as container:
         decoded = enumerate(islice(container.decode(video=0), indices[-1] + 1))
-        found = {index: frame.to_image() for index, frame in decoded if index in indices}
+        found = {index: picture_of(frame) for index, frame in decoded if index in indices}
     if indices[-1] in found:
         return [found[index] for index in indices]
     raise ValueError(f"{path} is truncated: it has no frame {indices[-1]}; get a complete copy of it")

@@ -1,5 +1,6 @@
 """Clips: what is fed is what training feeds, groups see what they should, and the verb that writes files."""
 
+import struct
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from openbagel.data import tasks
+from openbagel.data.samples import video_frames, video_header
 from openbagel.flow import Guidance
 from openbagel.inference import events
 from openbagel.inference.pipeline import Bagel
@@ -197,6 +199,29 @@ def test_written_clips_are_read_again(tmp_path: Path, suffix: str, error: int) -
     assert [frame.size for frame in read] == [(32, 16)] * 5
     for frame, shade in zip(read, shades(), strict=True):
         assert np.abs(np.asarray(frame).astype(int) - np.asarray(shade)).max() <= error
+
+
+@pytest.mark.parametrize(
+    ("turn", "angle"), [((0, 1, -1, 0), -90), ((-1, 0, 0, -1), 180), ((0, -1, 1, 0), 90)]
+)
+def test_films_of_phones_are_turned_upright(tmp_path: Path, turn: tuple[int, ...], angle: int) -> None:
+    """The matrix of an MP4 track says how its frames are to be shown."""
+    frames = [photo(seed).resize((64, 48)) for seed in range(3)]
+    flat, turned = tmp_path / "flat.mp4", tmp_path / "turned.mp4"
+    clip_writer(flat, 4)(frames)
+    one = 1 << 16
+    identity = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    a, b, c, d = (one * number for number in turn)
+    film, track = flat.read_bytes(), flat.read_bytes().index(b"tkhd")
+    at = film.index(identity, track)
+    matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    turned.write_bytes(film[:at] + matrix + film[at + len(matrix) :])
+    expected = [frame.rotate(angle, expand=True) for frame in read_frames(flat)]
+    assert bytes_of(read_frames(turned)) == bytes_of(expected)
+    assert video_header(turned) == (3, expected[0].size)
+    (last,) = video_frames(turned, lambda length: (length - 1,))
+    assert last.size == last.open().size == expected[0].size
+    assert last.open().tobytes() == expected[-1].tobytes()
 
 
 def test_clips_last_as_long_as_they_should(tmp_path: Path) -> None:
