@@ -147,10 +147,16 @@ def _new_pair(choose: Choice, state: State) -> Pair:
 
 
 def _changed(choose: Choice, state: State, item: Item, *after: Item, order: str, news: str) -> Change:
-    """`order` and `news` have {} for the object; it is called by its size only if that is known."""
+    """`order` and `news` have {} for the object. An order calls it by shape and colour, every fourth time by
+    its size too if that is known, or by one word where that is enough: what is not said has to be seen.
+    """
     sized = (not item.phrase or item.phrase.size is not None) and choose.chance(1 / 4)
-    name, plain = (Phrase.of(item.thing, with_size=size).definite() for size in (sized, False))
-    return Change(order.format(name), news.format(plain), state.put(item, *after))
+    name, plain = (Phrase.of(item.thing, with_size=size) for size in (sized, False))
+    words = (Phrase(colour=plain.colour), Phrase(plain.shape))
+    enough = [word for word in words if sum(word.matches(one.thing) for one in state.items) == 1]
+    if enough and choose.chance(1 / 2):
+        name = choose.pick(enough)
+    return Change(order.format(name.definite()), news.format(plain.definite()), state.put(item, *after))
 
 
 def _start(choose: Choice, verb: Verb | None) -> State:

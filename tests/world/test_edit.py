@@ -95,3 +95,12 @@ def test_all_verbs_occur_in_turns(world: str) -> None:
     said = [order for made in reading.examples(world, "edit_turns") for order in reading.said(made)]
     for verb in ("add a", "remove", "replace", "move", "make the ground"):
         assert sum(order.startswith(verb) for order in said) > len(said) / 30
+
+
+@pytest.mark.parametrize("world", BOTH)
+def test_an_object_is_called_by_one_word_at_times(world: str) -> None:
+    said = [words for made in reading.examples(world, "edit_resize") for words in reading.said(made)]
+    by_colour = sum(bool(re.fullmatch(r"make the \w+ object \w+", words)) for words in said)
+    by_shape = sum(bool(re.fullmatch(r"make the \w+ \w+", words)) for words in said)
+    assert min(by_colour, by_shape) > len(said) / 10
+    assert by_colour + by_shape < 2 * len(said) / 3

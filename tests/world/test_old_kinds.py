@@ -22,8 +22,8 @@ DIGESTS = {
     "ask_exists": "ca81f729f0de264a",
     "ask_relation": "48f2459b2541be2f",
     "ask_caption": "f5adf6d0055b1757",
-    "edit_recolour": "63c0a096e64fd18f",
-    "edit_remove": "6a3474506f6b3afa",
+    "edit_recolour": "12a19c69f88ad6ed",
+    "edit_remove": "a486d13e76d9b0fc",
     "edit_add": "1cd2062496f8a780",
 }
 """Of the examples 0 to 49 with seed 0: first those without, then those with a held-out pair."""
