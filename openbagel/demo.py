@@ -30,7 +30,7 @@ EDITS = ("make the green circle red", "remove the yellow square", "add a blue tr
 THINKING = "a blue circle and a red square"
 SEED = 1_000_003
 """Of exercises that no run has seen."""
-DRAWN = 900
+DRAWN = 1900
 """Seed of the drawings, one that suits nano; its scores say how often others do."""
 
 CELL, MARGIN, TEXT = 192, 16, 17
@@ -79,6 +79,7 @@ def sheet(bagel: Bagel, report: Callable[[str], None]) -> tuple[Image.Image, lis
         shown = [(clip[i], f"frame {i + 1}{', given' * (i < len(given))}") for i in (0, 2, 3, 5, 8, 12)]
         rows.append(("A clip", shown))
         rows.append(("A walk over a map", _in_turns(bagel, _given(world, "walk_map"), report)))
+        rows.append(("Turning a solid", _in_turns(bagel, _given(world, "walk_solid"), report)))
     return compose(rows), [frame.resize((CELL, CELL), Image.Resampling.NEAREST) for frame in clip]
 
 
@@ -89,10 +90,12 @@ def _given(world: World, kind: str) -> list[Any]:
 
 
 def _in_turns(bagel: Bagel, given: Sequence[Any], report: Callable[[str], None]) -> list[Tile]:
-    """A picture and what is said about it, one after the other; each drawing is made of all before it."""
-    start, *instructions = given
-    heard, tiles = [start], [(start, "before")]
-    for instruction in instructions:
+    """A picture and what is said about it, one after the other; each drawing is made of all before it. What
+    is said before the picture stands under it.
+    """
+    start = next(place for place, part in enumerate(given) if not isinstance(part, str))
+    heard, tiles = [*given[: start + 1]], [(given[start], " ".join(given[:start]) or "before")]
+    for instruction in given[start + 1 :]:
         report(instruction)
         picture, *_ = bagel.chat([*heard, instruction], reply="image", seed=1)
         heard += [instruction, picture]

@@ -36,7 +36,7 @@ def test_a_model_shows_what_it_learned(knows: dict[str, Any]):
     said: list[str] = []
     picture, clip = sheet(quick, said.append)
     assert len(clip) == (13 if knows else 0) and all(frame.size == (CELL, CELL) for frame in clip)
-    rows = 4 + 3 * ("world" in knows) + ("draws_by_itself" in knows)
+    rows = 4 + 4 * ("world" in knows) + ("draws_by_itself" in knows)
     one_row = compose([("Row", [(None, "words")])]).height - MARGIN
     assert picture.height == MARGIN + rows * one_row
     assert ("filming 10 frames" in said) == bool(knows)
