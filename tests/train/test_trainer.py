@@ -161,7 +161,7 @@ def test_the_count_of_skipped_samples_survives(start: Path, tmp_path: Path, monk
 
 
 def test_both_losses_fall(start: Path, tmp_path: Path):
-    train(recipe(start, tmp_path, train__steps=60, train__schedule__lr=3e-3, train__save_every=100), quiet)
+    train(recipe(start, tmp_path, train__steps=100, train__schedule__lr=3e-3, train__save_every=100), quiet)
     logged = rows(tmp_path)
 
     def mean(name: str, part: slice) -> float:
