@@ -30,9 +30,17 @@ def film(
     """Takes in texts and given clips, then draws num_frames frames, at most `group` of them at a time, after
     all frames before them or the last `window`.
     """
-    branches = yield from _begun(heard, brush, window)
-    made: list[Image.Image] = []
+    branches = Branches.of(Context(brush.codec.config.llm))
+    if window is None:
+        yield from branches.hear(heard)
+    made, kept = list[Image.Image](), list[Segment]()
     while True:
+        if window is not None:
+            texts, clip = _latest([*heard, kept], window)
+            branches, heard = Branches.of(Context(brush.codec.config.llm)), [*texts, clip]
+            yield from branches.hear(texts)
+            if clip:
+                yield from branches.filmed(clip)
         pictures, tokens = yield from brush.draw(branches, min(group, num_frames - len(made)))
         made += pictures
         if len(made) == num_frames:
@@ -41,22 +49,12 @@ def film(
         kept = brush.kept(pictures, tokens)
         if window is None:
             yield from branches.filmed(kept)
-        else:
-            heard = [*heard, kept]
-            branches = yield from _begun(heard, brush, window)
 
 
-def _begun(heard: Heard, brush: Brush, window: int | None) -> Request[Branches]:
-    branches = Branches.of(Context(brush.codec.config.llm))
-    if window is None:
-        yield from branches.hear(heard)
-        return branches
+def _latest(heard: Heard, window: int) -> tuple[list[list[Segment]], list[Segment]]:
+    """The texts, and the last frames as one clip; what is older is forgotten."""
     segments = [segment for part in heard for segment in part]
-    yield from branches.hear([[segment] for segment in segments if isinstance(segment, Text)])
-    images = [segment for segment in segments if isinstance(segment, VaeImage)]
-    if images:
-        frames = [frame for image in images for frame in image.frames][-window:]
-        looks = [segment for segment in segments if isinstance(segment, VitImage)][-window:]
-        clip = VaeImage(frames_of([frame.tokens for frame in frames], frames[-1].grid))
-        yield from branches.filmed([clip, *looks])
-    return branches
+    frames = [frame for image in segments if isinstance(image, VaeImage) for frame in image.frames][-window:]
+    looks = [segment for segment in segments if isinstance(segment, VitImage)][-window:]
+    clip = VaeImage(frames_of([frame.tokens for frame in frames], frames[-1].grid)) if frames else None
+    return [[s] for s in segments if isinstance(s, Text)], [clip, *looks] if clip else []
