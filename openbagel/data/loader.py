@@ -132,6 +132,12 @@ class _Decoder(TorchDataset[Sample | Skipped]):
         return self.datasets[id.dataset].parts(id.row, id.random(self.seed, "parts"))
 
 
+def _single(facts: dict[str, Any]) -> dict[str, int]:
+    """The facts of a cursor, the rows of each dataset as one of them."""
+    rows = {f"rows of {name}": count for name, count in facts["rows"].items()}
+    return {name: value for name, value in facts.items() if name != "rows"} | rows
+
+
 class Loader:
     """Yields (Batch, cursor) without end: the packs of one rank.
 
@@ -229,9 +235,10 @@ class Loader:
         ValueError when seed, streams or datasets are others, when the packs consumed are no whole number of
         steps for the ranks there are now, or when streams are missing.
         """
-        for name, value in self._facts.items():
-            if (was := cursor["facts"][name]) != value:
-                raise ValueError(f"{name} was {was} for the cursor, is {value}; restore it or start anew")
+        was, now = _single(cursor["facts"]), _single(self._facts)
+        for name in was | now:
+            if (one := was.get(name)) != (other := now.get(name)):
+                raise ValueError(f"{name} was {one} for the cursor, is {other}; restore it or start anew")
         then, ranks = cursor["ranks"], self.ranks
         consumed = cursor["step"] * then
         if consumed % ranks:

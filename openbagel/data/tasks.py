@@ -349,10 +349,10 @@ def video_interleaved(row: Row, setting: TaskSetting) -> list[Part]:
         raise BadRow(f"field 'given' is {_short(given)}; write a number below that of frames, {len(frames)}")
     noisy = setting.drops(setting.noisy_history)
     sizes = random_groups(len(frames) - given, setting.rng, setting.group_decay)
-    if row.get("given") is not None and not noisy:
+    if setting.window is not None or (row.get("given") is not None and not noisy):
         sizes = sizes[: setting.rng.randint(1, len(sizes))]
     if setting.window is not None:
-        *before, size = sizes[: setting.rng.randint(1, len(sizes))]
+        *before, size = sizes
         end = given + sum(before)
         start, end = max(0, end - setting.window), end + size
         frames, leads = frames[start:end], [leads[0], *leads[start + 1 : end]]

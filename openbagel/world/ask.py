@@ -6,12 +6,41 @@ from openbagel.world.choice import Choice, again, require
 from openbagel.world.edit import ask_change
 from openbagel.world.exercise import Said, Shown, Steps, Thinks, Writes, kinds
 from openbagel.world.language import NUMBERS, Phrase, caption, layout
-from openbagel.world.scene import Relation, Scene
+from openbagel.world.scene import Look, Relation, Scene, Thing
+
+Asked = tuple[str, str]
+"""A question and its answer."""
 
 
-def asking(question: str, answer: str, scene: Scene) -> Steps:
-    """The thought is what the picture shows."""
-    return Shown(scene), Said(question), Thinks(layout(scene)), Writes(str(answer))
+def asking(scene: Scene, *asked: Asked) -> Steps:
+    """Questions about one picture; each thought is what it shows."""
+    thought = Thinks(layout(scene))
+    turns = ((Said(question), thought, Writes(answer)) for question, answer in asked)
+    return Shown(scene), *(step for turn in turns for step in turn)
+
+
+def _how_many(phrase: Phrase, scene: Scene) -> Asked:
+    number = NUMBERS[len(_matches(phrase, scene))]
+    return f"how many {phrase.noun(plural=True)} are there?", number
+
+
+def _is_there(phrase: Phrase, scene: Scene) -> Asked:
+    return f"is there {phrase.indefinite()}?", "yes" if _matches(phrase, scene) else "no"
+
+
+def _what(about: str, phrase: Phrase, scene: Scene) -> Asked:
+    return f"what {about} is {phrase.definite()}?", str(getattr(_only(phrase, scene), about))
+
+
+def _matches(phrase: Phrase, scene: Scene) -> list[Thing]:
+    return [thing for thing in scene.things if phrase.matches(thing)]
+
+
+def _only(phrase: Phrase, scene: Scene) -> Thing:
+    """The one object that is meant; `Impossible` where others could be."""
+    found = _matches(phrase, scene)
+    require(len(found) == 1)
+    return found[0]
 
 
 def ask_count(choose: Choice) -> Steps:
@@ -28,24 +57,24 @@ def ask_count(choose: Choice) -> Steps:
     matching = [look, *choose.looks(most, phrase.matches, also=look)][:count]
     room = 0 if phrase == Phrase() else most - count
     others = choose.looks(choose.rng.randint(int(count == 0), room), phrase.misses)
-    question = f"how many {phrase.noun(plural=True)} are there?"
-    return asking(question, NUMBERS[count], choose.shuffled([*matching, *others]))
+    scene = choose.shuffled([*matching, *others])
+    return asking(scene, _how_many(phrase, scene))
 
 
 def ask_colour(choose: Choice) -> Steps:
     """Ask "what colour is the square?" of a picture with one square."""
     look = choose.look()
     others = choose.others(lambda other: other.shape != look.shape)
-    question = f"what colour is {Phrase(look.shape).definite()}?"
-    return asking(question, look.colour, choose.shuffled([look, *others]))
+    scene = choose.shuffled([look, *others])
+    return asking(scene, _what("colour", Phrase(look.shape), scene))
 
 
 def ask_shape(choose: Choice) -> Steps:
     """Ask "what shape is the red object?" of a picture with one red object."""
     look = choose.look()
     others = choose.others(lambda other: other.colour != look.colour)
-    question = f"what shape is {Phrase(colour=look.colour).definite()}?"
-    return asking(question, look.shape, choose.shuffled([look, *others]))
+    scene = choose.shuffled([look, *others])
+    return asking(scene, _what("shape", Phrase(colour=look.colour), scene))
 
 
 def ask_exists(choose: Choice) -> Steps:
@@ -61,7 +90,7 @@ def ask_exists(choose: Choice) -> Steps:
     if there:
         near = [look, *near] if choose.chance(1 / 2) else [look]
     scene = choose.shuffled([*near, *others][:count])
-    return asking(f"is there {phrase.indefinite()}?", "yes" if there else "no", scene)
+    return asking(scene, _is_there(phrase, scene))
 
 
 def ask_relation(choose: Choice) -> Steps:
@@ -76,19 +105,24 @@ def _ask_relation(pairs: Choice, relations: Choice) -> Steps:
     first, second = rng.sample(scene.things, 2)
     if pairs.held_out and not {first.pair, second.pair} & world.held_out:
         first = next(thing for thing in scene.things if thing.pair in world.held_out)
-    relation = pairs.pick([relation for relation in Relation if relation.holds(first, second)])
-    true = pairs.chance(1 / 2)
+    return asking(scene, _is_it(relations, first, second))
+
+
+def _is_it(choose: Choice, first: Thing, second: Thing) -> Asked:
+    """Whether it is left of (right of, above, below) the other one."""
+    relation = choose.pick([relation for relation in Relation if relation.holds(first, second)])
+    true = choose.chance(1 / 2)
     said = relation if true else relation.opposite
-    require(said in world.relations(first.pair, second.pair, held_out=relations.held_out))
+    require(said in choose.world.relations(first.pair, second.pair, held_out=choose.held_out))
     a, b = (Phrase(*thing.pair).definite() for thing in (first, second))
-    return asking(f"is {a} {said} {b}?", "yes" if true else "no", scene)
+    return f"is {a} {said} {b}?", "yes" if true else "no"
 
 
 def ask_caption(choose: Choice) -> Steps:
     """Ask "describe the picture."; the answer is the canonical caption."""
     count = choose.rng.randint(1, choose.world.max_things)
     scene = choose.world.sample_scene(choose.rng, count, held_out=choose.held_out)
-    return asking("describe the picture.", caption(scene), scene)
+    return asking(scene, ("describe the picture.", caption(scene)))
 
 
 def ask_compare(choose: Choice) -> Steps:
@@ -105,7 +139,7 @@ def _which_is_larger(choose: Choice) -> Steps:
     ordered = sorted((a, b), key=lambda look: world.sizes.index(look.size), reverse=word == "larger")
     names = {look: Phrase(*look.pair).definite() for look in rng.sample(ordered, 2)}
     question = f"which is {word}, {' or '.join(names.values())}?"
-    return asking(question, names[ordered[0]], choose.shuffled([a, b, *looks[2:]]))
+    return asking(choose.shuffled([a, b, *looks[2:]]), (question, names[ordered[0]]))
 
 
 def _are_there_more(choose: Choice) -> Steps:
@@ -113,7 +147,39 @@ def _are_there_more(choose: Choice) -> Steps:
     a, b, looks = choose.rivals(choose.world.max_things, lambda m, n: (n > m if turned else m > n) == more)
     first, second = (b, a) if turned else (a, b)
     question = f"are there more {first.noun(plural=True)} than {second.noun(plural=True)}?"
-    return asking(question, "yes" if more else "no", choose.shuffled(looks))
+    return asking(choose.shuffled(looks), (question, "yes" if more else "no"))
+
+
+def ask_turns(choose: Choice) -> Steps:
+    """Ask two to five different things about one picture, one after the other."""
+    count = choose.rng.randint(1, choose.world.max_things)
+    scene = choose.world.sample_scene(choose.rng, count, held_out=choose.held_out)
+    about = [thing.look for thing in scene.things if thing.pair in choose.world.held_out]
+    asked = dict[str, str]()
+    turns = choose.rng.randint(2, 5)
+    while len(asked) < turns:
+        asked |= [_any_question(choose.free(), scene, about.pop() if about else None)]
+    return asking(scene, *asked.items())
+
+
+@again
+def _any_question(choose: Choice, scene: Scene, about: Look | None) -> Asked:
+    """About this, or about what there is or might be."""
+    look = about or (choose.pick(scene.things) if choose.chance(1 / 2) else choose.look())
+    by_shape, by_colour, by_pair = Phrase(look.shape), Phrase(colour=look.colour), Phrase(*look.pair)
+    named = choose.pick((by_shape, by_colour, by_pair))
+    match choose.rng.randrange(6):
+        case 0:
+            return _how_many(named, scene)
+        case 1:
+            return _is_there(named, scene)
+        case 2:
+            return _what("colour", by_shape, scene)
+        case 3:
+            return _what("shape", by_colour, scene)
+    other = choose.pick([thing for thing in scene.things if thing.pair != look.pair])
+    return _is_it(choose, _only(by_pair, scene), _only(Phrase(*other.pair), scene))
 
 
 ASK = kinds(ask_count, ask_colour, ask_shape, ask_exists, ask_relation, ask_caption, ask_compare, ask_change)
+ASK |= kinds(ask_turns)

@@ -61,7 +61,7 @@ def row(example: Example, side: int, thinks: bool = False) -> tuple[str, Row]:
     """
     steps = example.without_thought().steps
     thoughts = [step.words for step in example.steps if thinks and isinstance(step, Thinks)]
-    thought = {"thought": thoughts[0]} if thoughts else {}
+    thought = {"thought": thoughts[0]} if len(thoughts) == 1 else {}
     pictures = renderings(steps, side)
     match steps:
         case (Writes(words),):
@@ -77,11 +77,20 @@ def row(example: Example, side: int, thinks: bool = False) -> tuple[str, Row]:
             return "reasoning", {"image_list": pictures, "instruction": prompt, **thought}
         case (Shown(), Said(prompt), Draws()):
             return "unified_edit", {"image_list": pictures, "instruction_list": [[prompt]]}
-        case (*given, Writes(answer)) if not example.decides:
-            heard = "".join(step.words if isinstance(step, Said) else "<image>\n" for step in given)
-            turns = [{"from": "human", "value": heard}, {"from": "gpt", "value": answer, **thought}]
-            return "vlm_sft", {"image": pictures, "conversations": turns}
+        case (*_, Writes()) if not example.decides:
+            return "vlm_sft", {"image": pictures, "conversations": _conversation(steps, thought)}
     return "web_interleaved", page(steps, side)
+
+
+def _conversation(steps: Sequence[Step], thought: Row) -> list[Row]:
+    turns, heard = list[Row](), ""
+    for step in steps:
+        if isinstance(step, Writes):
+            human, gpt = {"from": "human", "value": heard}, {"from": "gpt", "value": step.words, **thought}
+            turns, heard = [*turns, human, gpt], ""
+        else:
+            heard += step.words if isinstance(step, Said) else "<image>\n"
+    return turns
 
 
 def page(steps: Sequence[Step], side: int) -> Row:

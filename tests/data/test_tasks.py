@@ -444,6 +444,13 @@ def test_a_window_shows_the_last_frames_before_any_group(given: int) -> None:
     assert said == [f"the circle moves {change}" for change in range(max(0, last - 2), last)]
 
 
+def test_with_a_window_every_frame_is_learned_as_often() -> None:
+    row = {"frames": frames_row(0, 6)["frames"], "given": 2}
+    drawn = [parts_of("video_interleaved", row, seed, window=2, group_decay=1e9)[-1] for seed in range(800)]
+    learned = Counter(part.pictures[0].content for part in drawn if isinstance(part, Draw))
+    assert set(learned) == set(row["frames"][2:]) and all(160 < count < 240 for count in learned.values())
+
+
 def test_half_of_the_histories_are_noised() -> None:
     drawn = [parts_of("video_interleaved", frames_row(0, 2), seed, group_decay=1e9) for seed in range(400)]
     noisy = sum(isinstance(p[0], Draw) and p[0].role is Role.GROUP for p in drawn)

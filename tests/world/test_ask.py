@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from openbagel.world.exercise import Example
-from openbagel.world.scene import Size
+from openbagel.world.scene import Scene, Size
 from tests.world import reading
 from tests.world.reading import BOTH, NUMBERS, RELATION, named, only
 
@@ -15,8 +15,12 @@ WORDS = list(NUMBERS)
 SIZES = list(Size)
 
 
-def true_answer(made: Example) -> str:
-    (prompt,), (scene,) = reading.said(made), reading.shown(made)
+def true_answers(made: Example) -> list[str]:
+    (scene,) = reading.shown(made)
+    return [true_answer(prompt, scene) for prompt in reading.said(made)]
+
+
+def true_answer(prompt: str, scene: Scene) -> str:
     if match := re.fullmatch(r"how many (.*) are there\?", prompt):
         return WORDS[len(named(match[1], scene))]
     if match := re.fullmatch(r"what (colour|shape) is the (.*)\?", prompt):
@@ -42,12 +46,28 @@ def true_answer(made: Example) -> str:
 def test_answers_are_true(kind: str, held_out: bool, world: str) -> None:
     answers = Counter[str]()
     for made in reading.examples(world, kind, held_out, 250):
-        assert reading.written(made) == [true_answer(made)]
-        answers[true_answer(made)] += 1
+        assert reading.written(made) == true_answers(made)
+        answers[reading.written(made)[0]] += 1
     if kind in {"ask_exists", "ask_relation"}:
         assert 0.38 < answers["yes"] / 250 < 0.62
     if kind == "ask_count" and not held_out:
         assert min(answers[word] for word in WORDS[: reading.WORLD[world].max_things + 1]) > 250 / 16
+
+
+@pytest.mark.parametrize("world", BOTH)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_questions_of_turns_differ_and_their_answers_are_true(held_out: bool, world: str) -> None:
+    forms = Counter[str]()
+    for made in reading.examples(world, "ask_turns", held_out, 250):
+        questions = reading.said(made)
+        assert 2 <= len(set(questions)) == len(questions) <= 5
+        assert reading.written(made) == true_answers(made)
+        forms.update(" ".join(question.split()[:2]) for question in questions)
+        if held_out:
+            shown = {thing.pair for thing in reading.shown(made)[0].things}
+            words = {word for name in reading.NOUN.finditer(questions[0]) for word in name.groups()}
+            assert any(words & set(pair) for pair in shown & reading.WORLD[world].held_out)
+    assert len(forms) == 5 and min(forms.values()) > forms.total() / 20
 
 
 @pytest.mark.parametrize("world", BOTH)

@@ -251,7 +251,8 @@ def fed(made: Example, think: bool) -> list[Segment]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_shows_what_inference_shows(kind: str) -> None:
-    for think in (False, True) if kind.startswith(("draw", "ask", "edit_a", "think")) else (False,):
+    thinks = kind.startswith(("draw", "ask", "edit_a", "think")) and kind != "ask_turns"
+    for think in {False, thinks}:
         made = tasks.example(WORLD, 0, 1, kind)
         data = dataset(kind, think=float(think), think_kinds=float(think))
         trained = list(decode(data.parts(1, random.Random(1))))
