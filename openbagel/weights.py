@@ -147,6 +147,8 @@ def weight_files(folder: Path) -> list[Path]:
         return ggufs
     for pickle in (path for path in sorted(folder.iterdir()) if path.suffix in PICKLES):
         check_tensor_file(pickle)
+    if (folder / "checkpoints").is_dir() or any(folder.glob("rank-*.safetensors")):
+        raise ValueError(f"{folder} is of a training run; openbagel convert {folder} OUT makes a model of it")
     raise ValueError(f"{folder} holds no weights: expected one of {', '.join((*MODEL_FILES, INDEX_FILE))}")
 
 

@@ -340,6 +340,14 @@ def with_part(name: str, **changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def renamed(name: str, new: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / new).parent.mkdir(exist_ok=True)
+        (folder / name).rename(folder / new)
+
+    return change
+
+
 BROKEN = {
     "truncated": (truncated, "ema.safetensors is no complete safetensors file .*; download it again"),
     "empty": (
@@ -350,6 +358,11 @@ BROKEN = {
         without(EMA),
         "holds no weights: expected one of ema.safetensors, model.safetensors, model",
     ),
+    "a run": (
+        renamed(EMA, "checkpoints/ema"),
+        "is of a training run; openbagel convert .* OUT makes a model",
+    ),
+    "a checkpoint": (renamed(EMA, "rank-00000.safetensors"), "is of a training run"),
     "no shard": (without_a_shard, "model-00002-of-.* is no complete safetensors file .*; download it again"),
     "bad json": (with_content("config.json", b"{"), "config.json is no valid JSON"),
     "no llm": (without("config.json", "llm_config.json"), "has neither llm_config.json nor 'llm_config' in"),
