@@ -13,6 +13,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from openbagel.checks import check_choice
+
 
 class Renorm(StrEnum):
     """How a guided velocity is scaled back to the length of the conditional one.
@@ -32,6 +34,7 @@ class Guidance:
 
     text, image: scales, 1 switches one off; image guidance acts only where the text scale is above 1.
     interval: (low, high), guidance acts at shifted times low < t <= high.
+    renorm: a `Renorm` or its word.
     renorm_min: lower bound of the renormalisation factor in [0, 1]; 1 switches it off.
     """
 
@@ -42,6 +45,8 @@ class Guidance:
     renorm_min: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choice("renorm", self.renorm, Renorm)
+        object.__setattr__(self, "renorm", Renorm(self.renorm))
         low, high = self.interval
         if not (math.isfinite(self.text) and math.isfinite(self.image)):
             raise ValueError(f"guidance scales must be finite, not text {self.text} and image {self.image}")

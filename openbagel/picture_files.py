@@ -4,8 +4,8 @@ Pillow only, no tensors: the decoders of a server import this and nothing heavie
 """
 
 import io
+import os
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -27,6 +27,9 @@ ORIENTATION = 0x0112
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 TURNS = dict(enumerate(_TURNS.split(), 2))
 """The turn, a name of `Image.Transpose`, that each value of the EXIF tag asks for."""
+FAULTS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+FAULTS += (AssertionError, EOFError, RuntimeError, struct.error)
+"""What Pillow raises over broken files, memory that is missing apart."""
 
 PictureSource = str | Path | bytes | BinaryIO | Image.Image
 """A file's path, encoded bytes or an open file of them, or a picture."""
@@ -63,29 +66,40 @@ def _header(
     max_side: int | None = None,
 ) -> Iterator[Image.Image]:
     """A picture with its header read and judged; what fails inside is told as the picture's fault."""
-    if isinstance(source, Image.Image):
-        yield source
-        return
-    name = source if isinstance(source, str | Path) else "the picture"
-    if isinstance(source, str | Path) and not Path(source).is_file():
-        raise ValueError(f"no such picture: {name}; give the path of a PNG, JPEG or WebP file")
+    name = "the picture"
+    if isinstance(source, str | Path):
+        name = _found(source, "picture")
+    elif not (isinstance(source, bytes | Image.Image) or hasattr(source, "read")):
+        told = "a path, the bytes of a file, an open file or a PIL picture"
+        raise ValueError(f"a picture is {told}, not {type(source).__name__}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(file, formats=formats) as picture:
-                width, height = picture.size
-                if width * height > max_pixels:
-                    raise Image.DecompressionBombError(f"{width}x{height}, more than {max_pixels:,}")
-                if max(width, height) > (max_side or max_pixels):
-                    raise Image.DecompressionBombError(f"{width}x{height}, a side above {max_side:,}")
-                yield picture
+        if isinstance(source, Image.Image):
+            yield source
+            return
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=formats) as picture:
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise Image.DecompressionBombError(f"{width}x{height}, more than {max_pixels:,}")
+            if max(width, height) > (max_side or max_pixels):
+                raise Image.DecompressionBombError(f"{width}x{height}, a side above {max_side:,}")
+            yield picture
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} unpacks to too many pixels ({error}); make it smaller first") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in one of the formats {', '.join(formats)}") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except FAULTS as error:
         raise ValueError(f"{name} is damaged or truncated ({error}); get a complete copy of it") from None
+
+
+def _found(path: str | Path, kind: str) -> str:
+    """A path as errors name it. ValueError when there is no such file; what can be no path is cut short."""
+    name = str(path)
+    if os.path.isfile(name):
+        return name
+    odd = len(name) > 200 or any(mark in name for mark in ("http:", "https:", "data:"))
+    more = "; URLs are not fetched, and base64 is not decoded" if odd else ""
+    raise ValueError(f"no such {kind}: {name[:200]}{more}; give the path of a {kind} file")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -101,14 +115,17 @@ def _orientation(picture: Image.Image) -> Any:
     """Of the tags before the pixels; the method of PNG files would unpack all pixels to look behind them.
     Broken tags say nothing. TIFF files are turned by Pillow itself.
     """
-    with suppress(SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+    with suppress(*FAULTS):
         return picture.format != "TIFF" and Image.Image.getexif(picture).get(ORIENTATION)
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture.copy()
-    if picture.mode.startswith("I;16"):  # `convert` would cut off all above 255
+    if picture.mode in ("La", "RGBa"):
+        picture = picture.convert(picture.mode.upper())
+    deep = picture.mode in ("I", "F") and picture.getextrema()[1] > 255  # pyright: ignore[reportOperatorIssue]
+    if deep or picture.mode.startswith("I;16"):  # `convert` would cut off all above 255
         picture = picture.convert("I").point([round(value / 257) for value in range(2**16)], "L")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
@@ -151,9 +168,7 @@ def read_frames(path: Path) -> list[Image.Image]:
 def open_video(path: Path) -> Iterator[Any]:
     """A PyAV container; what fails inside is told as the file's fault."""
     av = extra("av", "video", "reading videos")
-    if not path.is_file():
-        raise ValueError(f"no such video: {path}; give the path of a video file")
-    message = f"{path} cannot be read as a video ({{error}}); get a complete copy of it"
+    message = f"{_found(path, 'video')} cannot be read as a video ({{error}}); get a complete copy of it"
     with retold(message, av.error.FFmpegError, IndexError), av.open(str(path)) as container:
         yield container
 
@@ -164,9 +179,10 @@ def picture_of(frame: Any) -> Image.Image:
 
 
 def clip_writer(path: Path, fps: float) -> Callable[[Sequence[Image.Image]], None]:
-    """What writes frames of one size to a GIF or MP4 file, as its suffix says, its folder first.
+    """What writes frames of one size to a GIF or MP4 file, as its suffix says. Its folder is made at once.
 
-    ValueError at once when the suffix or fps are impossible, or PyAV is missing.
+    ValueError (or an OSError) at once when the suffix or fps are impossible, PyAV is missing, or the file
+    cannot be written.
     """
     write = {".gif": _write_gif, ".mp4": _write_mp4}.get(path.suffix.lower())
     if write is None:
@@ -175,11 +191,13 @@ def clip_writer(path: Path, fps: float) -> Callable[[Sequence[Image.Image]], Non
         raise ValueError(f"fps {fps} must be above 0 and at most 100")
     if write is _write_mp4:
         extra("av", "video", "writing MP4 files")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written; name a file in a folder of yours")
     return partial(write, path, fps)
 
 
 def _write_gif(path: Path, fps: float, frames: Sequence[Image.Image]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = frames
     first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
 
@@ -187,7 +205,6 @@ def _write_gif(path: Path, fps: float, frames: Sequence[Image.Image]) -> None:
 def _write_mp4(path: Path, fps: float, frames: Sequence[Image.Image]) -> None:
     """H.264 with every second colour sample, as every player reads it; an odd last row or column is cut."""
     av = extra("av", "video", "writing MP4 files")
-    path.parent.mkdir(parents=True, exist_ok=True)
     width, height = (side // 2 * 2 for side in frames[0].size)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))

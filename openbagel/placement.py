@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -155,7 +156,8 @@ def slots_of(module: nn.Module, dtype: torch.dtype) -> list[Slot]:
 class Ring:
     """Modules that visit a device one after another; on CUDA the next one's copy is under way while one runs.
 
-    A step without tokens of the generation expert leaves that expert's weights at home.
+    A step without tokens of the generation expert leaves that expert's weights at home. A module holds
+    the turn while it runs, so threads that share a model wait for each other here.
     """
 
     def __init__(self, modules: Modules, device: torch.device, dtype: torch.dtype) -> None:
@@ -165,12 +167,14 @@ class Ring:
         self.gen = True
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.gone: Any = None
+        self.turn = RLock()
         every = [slot for slots in self.slots for slot in slots]
         if self.side and sum(slot.tensor.nbytes for slot in every) < PINNED * devices_here()["cpu"]:
             for slot in every:
                 slot.table[slot.leaf] = slot.tensor = slot.on(HOST).pin_memory()
 
     def enter(self, index: int, module: nn.Module, given: tuple[Any, ...]) -> None:
+        self.turn.acquire()
         self.gen = all(one.num_und < len(given[0]) for one in given if isinstance(one, Route))
         tensors, copied = self.coming.pop((index, self.gen), None) or self._copy(index)
         self.coming.clear()
@@ -204,7 +208,7 @@ class Ring:
 
 class Placement:
     """A model whose parts are placed. `remove` takes the hooks away and leaves at home what streamed: then it
-    runs no more, until it is placed again. It runs one forward at a time.
+    runs no more, until it is placed again. It runs one module at a time: threads take turns.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -264,9 +268,9 @@ class Placement:
         ring = Ring(modules, device, self.dtype)
         self.rings.append(ring)
         for index, module in enumerate(modules):
-            self.handles.append(module.register_forward_pre_hook(partial(ring.enter, index)))
-            leave = module.register_forward_hook(partial(ring.leave, index), always_call=True)
-            self.handles.append(leave)
+            self.handles.append(module.register_forward_pre_hook(partial(ring.enter, index), prepend=True))
+            for leave in (partial(ring.leave, index), lambda *_: ring.turn.release()):
+                self.handles.append(module.register_forward_hook(leave, always_call=True))
 
     def move(self, module: nn.Module, device: torch.device, home: torch.device | None = None) -> None:
         """Brings what a module is given to its device, and what comes out home if it has one."""

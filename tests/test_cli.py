@@ -13,6 +13,7 @@ from openbagel import cli, verbs
 from openbagel.config import Sampling
 from openbagel.flow import Guidance, Renorm
 from openbagel.verbs import use
+from openbagel.verbs.options import ModelOptions
 
 MODEL = {"--model", "--device", "--dtype", "--quantize", "--lora", "--offload", "--max-memory"}
 MODEL |= {"--understanding-only"}
@@ -141,14 +142,40 @@ def test_thoughts_stand_on_one_line_beside_the_answer(drawn: Path, capsys: pytes
     assert len(told.err.split()) > 3 and told.err.count("\n") == 1 == told.out.count("\n")
 
 
-def test_no_picture_is_drawn_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["generate", "x", "-o", "a.doc"], "a.doc cannot be written"),
+        (["generate", "x", "-o", "is.png"], "is.png cannot be written"),
+        (["generate", "x", "-o", "new/a.mp4"], "a.mp4 cannot be written"),
+        (["generate", "x", "-o", "-"], "not written to standard output; name a file"),
+        (["edit", "out.png", "x"], "out.png was given and would be overwritten; name another file with -o"),
+        (["edit", "many/1.png", "x", "-o", "many"], "1.png was given and would be overwritten"),
+        (["edit", "link.png", "x"], "out.png was given and would be overwritten"),
+        (["video", "out.gif"], "out.gif was given and would be overwritten"),
+        (["video", "--prompt", "x", "-o", "out.png/x.gif"], "out.png"),
+    ],
+)
+def test_no_picture_is_drawn_that_cannot_be_kept(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     def load(options: object) -> None:
         raise AssertionError("the output was to be judged first")
 
-    monkeypatch.setattr(verbs.Generate, "load", load)
-    (tmp_path / "is.png").mkdir()
-    for name in ("a.doc", "is.png", "new/a.mp4"):
-        assert cli.main(["generate", "x", "-o", str(tmp_path / name)]) == 2
+    monkeypatch.setattr(ModelOptions, "load", load)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("is.png", "many"):
+        (tmp_path / folder).mkdir()
+    for name in ("out.png", "out.gif", "many/1.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    (tmp_path / "link.png").symlink_to("out.png")
+    assert cli.main(arguments) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "-").exists()
 
 
 def test_what_is_drawn_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -228,6 +255,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["generate"], "--prompts FILE"),
         (["generate", "x", "--prompts", "y"], "--prompts FILE"),
         (["generate", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["generate", "--prompts", "{}/whole.png"], "whole.png is no text in UTF-8"),
+        (["ask", "https://a.org/b.png", "x"], "URLs are not fetched"),
+        (["ask", "iVBOR" * 1000, "x"], "base64 is not decoded"),
         (["generate", "x", "--num", "0"], "--num 0"),
         (["generate", "x", "--sed", "1"], "did you mean '--seed'"),
         (["generate", "x", "--seed", "one"], "one"),

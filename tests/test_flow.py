@@ -92,6 +92,8 @@ def ratio(dims: tuple[int, ...], velocity: Tensor) -> Tensor:
 @pytest.mark.parametrize(("renorm", "dims"), [(Renorm.GLOBAL, (0, 1)), (Renorm.CHANNEL, (1,))])
 def test_renorm_of_the_whole(renorm: Renorm, dims: tuple[int, ...], renorm_min: float) -> None:
     guidance = Guidance(text=4.0, image=2.0, renorm=renorm, renorm_min=renorm_min)
+    assert Guidance(text=4.0, image=2.0, renorm=renorm.value, renorm_min=renorm_min) == guidance
+    assert Guidance(renorm=renorm.value).renorm is renorm
     velocity = IMAGE + 2 * ((TEXT + 4 * (COND - TEXT)) - IMAGE)
     expected = velocity * ratio(dims, velocity).clamp(renorm_min, 1)
     torch.testing.assert_close(guide(guidance, COND, TEXT, IMAGE), expected)
@@ -123,6 +125,8 @@ def test_equal_branches_change_nothing(renorm: Renorm) -> None:
         ({"interval": (0.5, 0.4)}, "interval"),
         ({"interval": (-0.1, 1.0)}, "interval"),
         ({"renorm_min": 1.5}, "renorm_min 1.5"),
+        ({"renorm": "chanel"}, "renorm 'chanel' is none of .*; did you mean 'channel'"),
+        ({"renorm": None}, "renorm None is none of global, channel, text_channel"),
         ({"text": math.nan}, "finite, not text nan and image 1.0"),
         ({"image": math.inf}, "finite, not text 4.0 and image inf"),
     ],

@@ -2,9 +2,11 @@
 
 import io
 import struct
+import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from openbagel import picture_files
 from openbagel.images import (
     ImageLimits,
     grid_position_ids,
@@ -49,7 +52,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such picture: .*; give the path of a PNG"),
+        (None, "no such picture: .*; give the path of a picture file"),
         (b"", "is not a picture in one of the formats PNG"),
         (b"just some words", "is not a picture in one of the formats PNG"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a picture in one of the formats PNG"),
@@ -89,6 +92,57 @@ def test_folder_is_no_picture(tmp_path: Path) -> None:
         open_picture(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [None, 3, np.zeros((4, 4, 3)), torch.zeros(3, 4, 4), [gradient()], {"type": "image"}],
+    ids=lambda source: type(source).__name__,
+)
+def test_what_is_no_picture_is_told_what_one_is(source: Any) -> None:
+    message = "a picture is a path, the bytes of a file, an open file or a PIL picture, not "
+    with pytest.raises(ValueError, match=message + type(source).__name__):
+        open_picture(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["https://a.org/b.png", "data:image/png;base64,iVBOR", "/root/https:/a.org/b.png", "iVBOR" * 2000]
+)
+def test_what_can_be_no_path_is_told_in_short(name: str) -> None:
+    hint = "URLs are not fetched, and base64 is not decoded; give the path of a"
+    for read, kind in ((picture_size, "picture"), (lambda name: read_frames(Path(name + ".mp4")), "video")):
+        with pytest.raises(ValueError, match=f"no such {kind}: .*; {hint} {kind} file") as caught:
+            read(name)
+        assert len(str(caught.value)) < 320
+
+
+@pytest.mark.parametrize("fault", [TypeError, KeyError, struct.error, EOFError, RecursionError])
+def test_whatever_pillow_raises_is_the_files_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    gradient().save(path := tmp_path / "odd.png")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(ValueError, match="odd.png is damaged"):
+        open_picture(path)
+
+
+def test_pictures_that_pillow_has_not_read_yet() -> None:
+    with pytest.raises(ValueError, match="the picture is damaged or truncated"):
+        open_picture(Image.open(io.BytesIO(encoded("JPEG")[:-300])))
+
+
+def test_threads_leave_the_filters_of_warnings_alone() -> None:
+    before = list(warnings.filters)
+    first, second = (picture_files._header(encoded("PNG")) for _ in range(2))
+    for step in (first.__enter__, second.__enter__):
+        step()
+    for one in (first, second):
+        one.__exit__(None, None, None)
+    assert warnings.filters == before
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_good_files(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "picture.bin"
@@ -118,7 +172,7 @@ def test_damaged_files_open_or_say_so(
         assert str(path) in str(error)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGBa", "La"])
 def test_transparency_lies_on_white(mode: str) -> None:
     picture = Image.new("RGBA", (3, 1), (10, 10, 10, 255))
     picture.putpixel((1, 0), (10, 10, 10, 0))
@@ -128,7 +182,7 @@ def test_transparency_lies_on_white(mode: str) -> None:
         picture.putpixel((1, 0), 1)
         picture.info["transparency"] = 1
     else:
-        picture = picture.convert(mode)
+        picture = picture.convert("LA" if mode == "La" else mode).convert(mode)
     pixels = np.asarray(open_picture(picture))
     assert pixels[0, :, 0].tolist() == [10, 255, 10]
 
@@ -143,11 +197,14 @@ def test_other_modes_become_rgb(mode: str) -> None:
     assert open_picture(Image.new(mode, (4, 4))).mode == "RGB"
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
 def test_sixteen_bits_are_scaled(mode: str) -> None:
-    levels = np.array([[0, 257, 40000, 65535]], ">u2" if mode == "I;16B" else "<u2")
+    kind = {"I;16": "<u2", "I;16B": ">u2", "I": "i4", "F": "f4"}[mode]
+    levels = np.array([[0, 257, 40000, 65535]], kind)
     shades = np.asarray(open_picture(Image.frombytes(mode, (4, 1), levels.tobytes())))
     assert shades[0, :, 0].tolist() == [0, 1, 156, 255]
+    if mode in ("I", "F"):  # which hold bytes as well
+        assert open_picture(Image.new(mode, (1, 1), 255)).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

@@ -1,5 +1,6 @@
 """The verbs of `Bagel`: what they return, report and refuse."""
 
+import io
 import json
 import random
 from dataclasses import replace
@@ -77,6 +78,26 @@ def test_guidance_replaces_the_models_own(bagel: Bagel) -> None:
     assert json.loads(other.info["settings"])["guidance"]["text"] == 1.0
 
 
+@pytest.mark.parametrize("guidance", [3.0, {"text": 3}, {}], ids=str)
+def test_guidance_is_a_guidance(bagel: Bagel, guidance: Any) -> None:
+    with pytest.raises(ValueError, match=r"is no Guidance; write Guidance\(text=3.0\)"):
+        bagel.edit(photo(), "a", guidance=guidance)
+
+
+@pytest.mark.parametrize("seed", [None, 1.0, "1", -1, 2**63], ids=repr)
+def test_impossible_seeds_are_refused(bagel: Bagel, seed: Any) -> None:
+    for verb in (bagel.generate, lambda text, seed: bagel.ask([], text, seed=seed)):
+        with pytest.raises(ValueError, match="seed .* must be a whole number and lie in"):
+            verb("a", seed=seed)
+
+
+def test_seeds_of_numpy(bagel: Bagel) -> None:
+    picture = bagel.edit(photo(), "a", seed=np.int64(3))  # pyright: ignore
+    assert picture.tobytes() == bagel.edit(photo(), "a", seed=3).tobytes()
+    assert type(picture.info["seed"]) is int
+    assert [one.info["seed"] for one in bagel.generate(["a", "b"], seed=np.uint8(255))] == [255, 256]
+
+
 @pytest.mark.parametrize("size", [(8, 8), (16, 4), (4, 32)])
 def test_sizes_are_height_by_width(bagel: Bagel, size: tuple[int, int]) -> None:
     assert bagel.generate("a", size=size).size == (size[1], size[0])
@@ -85,6 +106,12 @@ def test_sizes_are_height_by_width(bagel: Bagel, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(0, 8), (8, 10), (36, 8), (-4, 8)])
 def test_impossible_sizes_are_refused(bagel: Bagel, size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"{size[1]}x{size[0]} .*multiples of 4, from 4 to 32"):
+        bagel.generate("a", size=size)
+
+
+@pytest.mark.parametrize("size", [0, 64, "64x64", (), (64,), (8.0, 8.0), (8, 8, 8)], ids=str)
+def test_a_size_is_a_pair(bagel: Bagel, size: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be \(height, width\) in pixels"):
         bagel.generate("a", size=size)
 
 
@@ -165,6 +192,8 @@ def test_ask_answers_in_words(bagel: Bagel, tmp_path: Path) -> None:
     assert answer.thought is None
     assert bagel.ask(path, "how many circles are there?") == answer
     assert bagel.ask([str(path)], "how many circles are there?") == answer
+    for given in (path.read_bytes(), io.BytesIO(path.read_bytes()), map(Image.open, [path])):
+        assert bagel.ask(given, "how many circles are there?") == answer
     assert bagel.ask([], "how many circles are there?") != answer
 
 
@@ -221,6 +250,11 @@ def test_chat_answers_in_words_or_pictures(bagel: Bagel) -> None:
     assert alone.tobytes() == bagel.generate("a red circle", size=(8, 8), seed=2).tobytes()
 
 
+@pytest.mark.parametrize("part", ["how many circles?", photo()], ids=["text", "picture"])
+def test_one_part_is_a_conversation(bagel: Bagel, part: Any) -> None:
+    assert bagel.chat(part, reply="text") == bagel.chat([part], reply="text")
+
+
 def test_only_models_that_learned_it_decide(bagel: Bagel) -> None:
     with pytest.raises(ValueError, match='was not trained to decide .*pass reply="text" or reply="image"'):
         bagel.chat(["draw a circle"])
@@ -242,6 +276,12 @@ def test_two_turns_see_more_than_one(bagel: Bagel) -> None:
     assert first == bagel.chat(["a red circle", "how many?"], reply="text")
     others = [bagel.chat([f"{rng.random()}", "how many?"], reply="text") for _ in range(3)]
     assert any(other != first for other in others)
+
+
+def test_models_can_be_pickled(bagel: Bagel) -> None:
+    torch.save(bagel, file := io.BytesIO())
+    again = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert again.generate("a", seed=1).tobytes() == bagel.generate("a", seed=1).tobytes()
 
 
 # loading ----------------------------------------------------------------------------------------------------

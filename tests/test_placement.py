@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import cache
@@ -101,6 +102,19 @@ def test_the_command_line_places(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert len(set(said)) == 1
     assert cli.main(["ask", "what?", *model, "--offload", "blocks", "--max-memory", "cpu=14MB"]) == 2
     assert "exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("offload", ["blocks", "sequential"])
+def test_threads_share_a_streamed_model(folder: Path, offload: str) -> None:
+    """They take turns, a forward that fails lets go of its turn."""
+    placed = Bagel.load(folder / "model", device="cpu", dtype=torch.float32, offload=offload)
+    layer = placed.model.language_model.model.layers[2]
+    handle = layer.mlp.register_forward_pre_hook(lambda *_: 1 / 0)  # pyright: ignore
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ZeroDivisionError):
+        pool.submit(outcome, placed).result()
+    handle.remove()
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(outcome, [placed] * 3)) == {plain(folder)}
 
 
 # streaming --------------------------------------------------------------------------------------------------

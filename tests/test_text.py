@@ -40,8 +40,9 @@ def draws(scores: Tensor, sampling: Sampling, count: int = 300) -> list[int]:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(), replace(WARM, top_k=1), replace(WARM, top_p=1e-6), replace(WARM, temperature=1e-3)],
-    ids=["greedy", "top-k 1", "top-p tiny", "cold"],
+    [Sampling(), replace(WARM, top_k=1), replace(WARM, top_p=1e-6)]
+    + [replace(WARM, temperature=cold) for cold in (1e-3, 2e-20, 1e-40, 1e-320)],
+    ids=["greedy", "top-k 1", "top-p tiny", "cold", "colder", "subnormal", "next to nothing"],
 )
 def test_the_largest_is_chosen(seed: int, sampling: Sampling) -> None:
     scores = logits(seed)

@@ -18,7 +18,7 @@ from openbagel.inference.context import Context
 from openbagel.inference.engine import Forward, Read, Request, Row
 from openbagel.inference.image import Branches
 from openbagel.inference.pictures import Brush
-from openbagel.inference.text import Answer, Speech, compose, split_thought
+from openbagel.inference.text import Answer, Speech, answer_of, compose
 from openbagel.sequence import Segment, Text
 from openbagel.tokens import TextCodec
 
@@ -68,11 +68,11 @@ def interleave(
             generator=brush.generator,
         )
         (result,) = yield Forward((Row(branches.cond, (end,), keep=True, read=Read.LOGITS),))
-        logits, text = result.output, codec.decode(ids)
-        planned, said = split_thought(text) if thinking else (None, text)
-        thought, thinking = planned or thought, False
-        if said or not planned:
-            made.append(Answer(said, thought))
+        logits, answer = result.output, answer_of(ids, codec, budget=budget, thinking=thinking)
+        planned, thinking = answer.thought, False
+        thought = answer.thought = planned or thought
+        if answer or not planned:
+            made.append(answer)
             thought = None
             yield from branches.wrote(Text(ids), before)
     yield events.Done()

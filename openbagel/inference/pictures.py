@@ -10,6 +10,7 @@ tokens of a frame, C channels of a token.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from PIL import Image
@@ -80,6 +81,9 @@ class PictureCodec:
             raise ValueError(
                 "this model cannot draw: its autoencoder (ae.safetensors) was not loaded or is missing"
             )
+        pair = tuple(size) if isinstance(size, list | tuple) else ()
+        if len(pair) != 2 or not all(isinstance(side, SupportsIndex) for side in pair):
+            raise ValueError(f"size {size!r} must be (height, width) in pixels, such as (64, 64)")
         stride, most = self.config.latent_stride, self.config.max_latent_size * self.config.latent_stride
         if any(side < stride or side % stride or side > most for side in size):
             raise ValueError(
@@ -96,7 +100,6 @@ class Brush:
     codec: PictureCodec
     grid: tuple[int, int]
     sampling: Sampling
-    seed: int
     generator: torch.Generator
     device: torch.device
     negative: Text | None = None
@@ -113,9 +116,9 @@ class Brush:
         latents = yield from denoise(branches, noise.to(self.device), self.grid, self.sampling)
         tokens = list(latents if frames > 1 else latents[None])
         pictures = [self.codec.decode(one, self.grid, tiled=self.sampling.tiled_vae) for one in tokens]
-        settings = json.dumps(to_json(self.sampling))
+        settings, seed = json.dumps(to_json(self.sampling)), self.generator.initial_seed()
         for picture in pictures:
-            picture.info = {"seed": self.seed, "settings": settings, "thought": thought}
+            picture.info = {"seed": seed, "settings": settings, "thought": thought}
             yield events.Picture(picture)
         return pictures, tokens
 

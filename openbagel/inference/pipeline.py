@@ -1,10 +1,12 @@
 """`Bagel`: one loaded model and its verbs."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import io
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, SupportsIndex, TypedDict, Unpack, overload
 
 import torch
 from PIL import Image
@@ -19,18 +21,18 @@ from openbagel.inference.engine import Engine, Forward, Request, Row
 from openbagel.inference.image import Branches
 from openbagel.inference.interleave import interleave
 from openbagel.inference.pictures import Brush, PictureCodec, clips
-from openbagel.inference.text import Answer, split_thought, write
+from openbagel.inference.text import Answer, answer_of, split_thought, write
 from openbagel.inference.video import film
 from openbagel.lora import load_adapter
-from openbagel.picture_files import open_picture, read_frames
+from openbagel.picture_files import PictureSource, open_picture, read_frames
 from openbagel.placement import Placement, place
 from openbagel.quantize import check_device, precision_of, quantize
 from openbagel.sequence import Packer, Segment, Text
 from openbagel.tokens import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING
 from openbagel.weights import Checkpoint, default_device, default_dtype, load_checkpoint
 
-Part = str | Path | Image.Image
-"""Something said or shown: a `str` is text, a path or a picture is shown."""
+Part = PictureSource
+"""Something said or shown: where texts may stand a `str` is text, all else is a picture."""
 Listener = Callable[[events.Event], object]
 Lora = str | Path | Sequence[str | Path] | Mapping[str, float]
 """An adapter, several, or several with their weights."""
@@ -75,7 +77,7 @@ class Bagel:
         self.engine = Engine(self.model, Packer(self.config, self.codec))
         self.pictures = PictureCodec(self.config, self.autoencoder)
         self.encode, self.decode = self.pictures.encode, self.pictures.decode
-        self.listen: Listener = lambda event: None
+        self.listen: Listener = _unheard
         self.placement: Placement | None = None
 
     @classmethod
@@ -170,6 +172,7 @@ class Bagel:
         replaces the model's own.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        seed = seeded(seed).initial_seed()
         sampling = _guided(self.config.settings.draw, guidance)
         requests = [
             self.draw_request([text], size=size, seed=seed + i, think=think, sampling=sampling)
@@ -232,7 +235,7 @@ class Bagel:
 
     def chat(
         self,
-        parts: Sequence[Part],
+        parts: Part | Sequence[Part],
         *,
         reply: Literal["auto", "text", "image"] = "auto",
         size: tuple[int, int] | None = None,
@@ -253,7 +256,7 @@ class Bagel:
 
     def chat_request(
         self,
-        parts: Sequence[Part],
+        parts: Part | Sequence[Part],
         *,
         reply: Literal["auto", "text", "image"],
         size: tuple[int, int] | None,
@@ -262,6 +265,7 @@ class Bagel:
         max_parts: int = 16,
     ) -> Request[list[Answer | Image.Image]]:
         """A request that does what `chat` does."""
+        parts = _several(parts)
         if reply not in ("auto", "text", "image") or not parts:
             raise ValueError(
                 f'"{reply}" is none of auto, text and image' if parts else "nothing was said or shown"
@@ -292,12 +296,8 @@ class Bagel:
             ids = yield from write(
                 context, self.codec, sampling=sampling, max_tokens=budget, generator=generator, thinking=think
             )
-            thought, answer = (
-                split_thought(self.codec.decode(ids)) if think else (None, self.codec.decode(ids))
-            )
             yield events.Done()
-            ended = () if len(ids) == budget else (self.codec.end,)
-            return Answer(answer, thought, (*ids, *ended))
+            return answer_of(ids, self.codec, budget=budget, thinking=think)
 
         return request()
 
@@ -406,10 +406,10 @@ class Bagel:
         self, parts: Sequence[str | Image.Image], size: tuple[int, int] | None, seed: int, sampling: Sampling
     ) -> Brush:
         """A brush for pictures of a size, else of the last picture's, else of the model's own."""
-        last = [(part.height, part.width) for part in parts if not isinstance(part, str)][-1:]
-        grid = self.pictures.grid_of(size or (last[0] if last else self.config.settings.size))
+        sizes = [self.config.settings.size, *((p.height, p.width) for p in parts if not isinstance(p, str))]
+        grid = self.pictures.grid_of(sizes[-1] if size is None else size)
         negative = self._said(sampling.negative_prompt) if sampling.negative_prompt else None
-        return Brush(self.pictures, grid, sampling, seed, seeded(seed), self.engine.device, negative)
+        return Brush(self.pictures, grid, sampling, seeded(seed), self.engine.device, negative)
 
     def _heard(
         self, parts: Sequence[str | Image.Image | list[Image.Image]], brush: Brush, think: bool = False
@@ -436,10 +436,14 @@ def _alone(request: Request[Any]) -> Request[list[Any]]:
     return [(yield from request)]
 
 
-def seeded(seed: int) -> torch.Generator:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed {seed} must lie in [0, 2^63)")
-    return torch.Generator().manual_seed(seed)
+def _unheard(event: events.Event) -> None:
+    """Listens to nothing; no lambda, so that a model can be pickled."""
+
+
+def seeded(seed: SupportsIndex) -> torch.Generator:
+    if not (isinstance(seed, SupportsIndex) and 0 <= operator.index(seed) < 2**63):
+        raise ValueError(f"seed {seed!r} must be a whole number and lie in [0, 2^63)")
+    return torch.Generator().manual_seed(operator.index(seed))
 
 
 def _adapters(lora: Lora | None) -> Iterable[tuple[str | Path, float]]:
@@ -449,10 +453,17 @@ def _adapters(lora: Lora | None) -> Iterable[tuple[str | Path, float]]:
     return [(name, 1.0) for name in names]
 
 
-def _pictures(images: Part | Sequence[Part]) -> list[Path | Image.Image]:
-    several = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-    return [Path(image) if isinstance(image, str) else image for image in several]
+def _several(given: Any) -> list[Any]:
+    """One part for itself counts as a list of it."""
+    alone = isinstance(given, str | bytes | io.IOBase) or not isinstance(given, Sequence | Iterator)
+    return [given] if alone else list(given)
+
+
+def _pictures(images: Part | Sequence[Part]) -> list[Part]:
+    return [Path(image) if isinstance(image, str) else image for image in _several(images)]
 
 
 def _guided(sampling: Sampling, guidance: Guidance | None) -> Sampling:
+    if not isinstance(guidance, Guidance | None):
+        raise ValueError(f"guidance {guidance!r} is no Guidance; write Guidance(text=3.0)")
     return replace(sampling, guidance=guidance) if guidance else sampling

@@ -72,10 +72,10 @@ def compose(
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next id from float32 logits [vocabulary]: the largest at temperature 0, else a draw after top-k and
-    top-p.
+    """The next id from float32 logits [vocabulary]: the largest at temperature 0 (or next to it), else a draw
+    after top-k and top-p.
     """
-    if sampling.temperature <= 0:
+    if sampling.temperature < 1e-20:  # dividing by less than that would overflow
         return int(logits.argmax())
     values, ids = (logits.cpu() / sampling.temperature).sort(descending=True)
     if sampling.top_k:
@@ -121,6 +121,13 @@ class Speech:
         if self.text and not self.thinking:
             yield events.Text(self.text)
             self.text = ""
+
+
+def answer_of(ids: tuple[int, ...], codec: TextCodec, *, budget: int, thinking: bool) -> Answer:
+    """What was written, ended by the model unless it ran into the budget."""
+    text = codec.decode(ids)
+    thought, said = split_thought(text) if thinking else (None, text)
+    return Answer(said, thought, ids if len(ids) == budget else (*ids, codec.end))
 
 
 def _may_become_tag(text: str) -> bool:

@@ -1,11 +1,13 @@
 """Verbs that use a model: draw, answer, edit, film, and a sheet of all."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from openbagel.checks import retold
 from openbagel.demo import sheet
 from openbagel.inference.events import Event, Preview, Text, Thought
 from openbagel.picture_files import clip_writer, read_frames
@@ -24,7 +26,7 @@ class Generate(ModelOptions, SamplingOptions):
 
     def run(self) -> None:
         prompts = [prompt for prompt in self._prompts() for _ in range(self.num)]
-        paths = numbered(self.output, len(prompts))
+        paths = places(self.output, len(prompts))
         bagel = self.load()
         sampling = self.over(bagel.config.settings.draw)
         with progress(len(prompts) * (sampling.num_timesteps - 1)) as bar:
@@ -40,7 +42,8 @@ class Generate(ModelOptions, SamplingOptions):
             raise ValueError(f"--num {self.num} must be at least 1")
         if self.prompts is None:
             return [self.prompt or ""]
-        lines = [line.strip() for line in self.prompts.read_text("utf-8-sig").splitlines()]
+        with retold(f"{self.prompts} is no text in UTF-8 ({{error}})", UnicodeDecodeError):
+            lines = [line.strip() for line in self.prompts.read_text("utf-8-sig").splitlines()]
         if not any(lines):
             raise ValueError(f"{self.prompts} holds no prompt; write one a line")
         return [line for line in lines if line]
@@ -78,7 +81,7 @@ class Edit(ModelOptions, SamplingOptions):
         *images, instruction = self.parts
         if not images:
             raise ValueError("nothing to edit: give at least one picture file before the instruction")
-        (path,) = numbered(self.output, 1)
+        (path,) = places(self.output, given=images)
         bagel = self.load()
         sampling = self.over(bagel.config.settings.edit)
         with progress(sampling.num_timesteps - 1) as bar:
@@ -106,6 +109,7 @@ class Video(ModelOptions, SamplingOptions):
             raise ValueError("--think has no effect on clips; leave it out")
         if not (self.frames or self.prompt):
             raise ValueError("nothing to film: give FRAMES, --prompt TEXT, or both")
+        check_apart([self.output], self.frames or [])
         write = clip_writer(self.output, self.fps)
         given = [frame for path in self.frames or [] for frame in read_frames(Path(path))]
         bagel = self.load()
@@ -129,13 +133,27 @@ class Demo(ModelOptions):
     output: Path = option("the PNG file; a clip is put beside it", Path("demo/sheet.png"), short="-o")
 
     def run(self) -> None:
-        (path,) = numbered(self.output, 1)
+        (path,) = places(self.output)
         picture, clip = sheet(self.load(), report=lambda line: print(line, flush=True))
         keep(picture, path)
         if clip:
             beside = path.with_name("clip.gif")
             clip_writer(beside, fps=4.0)(clip)
             print(beside)
+
+
+def places(output: Path, count: int = 1, given: Sequence[str] = ()) -> list[Path]:
+    """As `numbered`; ValueError for standard output too, and for a file that was given."""
+    if str(output) == "-":
+        raise ValueError("pictures are not written to standard output; name a file with -o")
+    paths = numbered(output, count)
+    check_apart(paths, given)
+    return paths
+
+
+def check_apart(paths: Sequence[Path], given: Sequence[str]) -> None:
+    if taken := {path.resolve() for path in paths} & {Path(one).resolve() for one in given}:
+        raise ValueError(f"{taken.pop()} was given and would be overwritten; name another file with -o")
 
 
 class Speaker:

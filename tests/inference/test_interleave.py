@@ -82,6 +82,16 @@ def test_a_taught_model_writes_draws_and_ends(taught: Bagel, monkeypatch: pytest
     assert layout(spy.fed) == layout(visible(learned))
 
 
+@pytest.mark.parametrize(("budget", "ended"), [(2, False), (40, True)])
+def test_answers_hold_all_that_was_written(taught: Bagel, budget: int, ended: bool) -> None:
+    """The end marker too, unless the text ran into its budget."""
+    first, *_ = taught.using(replace(PLAIN, max_tokens=budget)).chat(["two"], max_parts=1)
+    codec = tiny.codec()
+    words = codec.encode(WORDS[0])
+    assert isinstance(first, Answer)
+    assert first.ids == ((*words, codec.end) if ended else words[:budget])
+
+
 def test_max_parts_ends_it_too(taught: Bagel) -> None:
     assert taught.chat(["two"], max_parts=1) == [WORDS[0]]
     alone, *_ = taught.engine.drive_all(
@@ -171,6 +181,7 @@ def test_thoughts_go_with_the_first_part(monkeypatch: pytest.MonkeyPatch, answer
     *texts, picture = made
     assert isinstance(picture, Image.Image)
     thoughts = [(text, text.thought) for text in texts if isinstance(text, Answer)]
+    assert all(codec.decode(text.ids[:-1]) == f"<think>plan</think>{answer}" for text in texts)
     assert thoughts == ([(answer, "plan")] if answer else [])
     assert picture.info["thought"] == (None if answer else "plan")
     # the thought is no instruction that the text guidance may leave out alone

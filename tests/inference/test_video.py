@@ -264,6 +264,15 @@ def test_impossible_files_are_refused_before_drawing(name: str, fps: float, mess
         clip_writer(Path(name), fps)
 
 
+def test_clips_that_cannot_be_kept_are_refused_before_drawing(tmp_path: Path) -> None:
+    (tmp_path / "is.gif").mkdir()
+    with pytest.raises(ValueError, match="is.gif cannot be written"):
+        clip_writer(tmp_path / "is.gif", 4)
+    (tmp_path / "p.png").touch()
+    with pytest.raises(OSError, match=r"p.png"):
+        clip_writer(tmp_path / "p.png" / "x.gif", 4)
+
+
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip_writer(tmp_path / "clip.mp4", 4.0)(shades())
     monkeypatch.setitem(__import__("sys").modules, "av", None)
