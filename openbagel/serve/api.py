@@ -67,6 +67,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     seconds = prometheus.Histogram("openbagel_request_seconds", "by route", labels, registry=registry)
     app.state.seconds = seconds
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         return as_json({"status": "ok" if service.is_alive else "dead"}, 200 if service.is_alive else 503)

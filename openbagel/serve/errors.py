@@ -30,7 +30,10 @@ def told(error: BaseException) -> tuple[int, dict[str, Any]]:
         status, code, message = error.status_code, None, error.detail
     elif isinstance(error, RequestValidationError | ValidationError):
         first: Any = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"][1:] or first["loc"])
+        of_body = isinstance(error, RequestValidationError)  # their places begin with "body"
+        place = ".".join(map(str, first["loc"][of_body:] or first["loc"]))
+        if of_body and isinstance(first["input"], bytes):
+            first["msg"] = "send it with content-type: application/json"
         place = "" if first["type"] == "json_invalid" else place
         param = first.get("ctx", {}).get("name", place)
         status, code, message = 422, first["type"], f"{place}: {first['msg']}".removeprefix(": ")

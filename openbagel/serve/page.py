@@ -193,11 +193,8 @@ class Bench:
 
     def checked(self, parts: list[Any]) -> list[Any]:
         """Parts, if they are within the limits."""
-        texts = sum(len(part) for part in parts if isinstance(part, str))
-        pictures = sum(not isinstance(part, str) for part in parts)
-        if texts > self.limits.texts or pictures > self.limits.pictures:
-            most = f"{self.limits.texts:,} characters or {self.limits.pictures} pictures"
-            raise ValueError(f"this is more than {most}; send less, or begin anew")
+        with retold("{error}; send less, or begin anew", ValueError):
+            self.service.check_heard(parts)
         if not parts:
             raise ValueError("nothing was said or shown; write something or drop a picture")
         return parts

@@ -6,14 +6,15 @@ import io
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Self
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from openbagel.checks import retold
 from openbagel.config import adjusted
 from openbagel.inference.events import Picture, Text, Thought
 from openbagel.inference.text import Answer
@@ -45,10 +46,10 @@ class Replies:
         self.seed = secrets.randbelow(2**31) if body.seed is None else body.seed
         self.stops: list[str] = []
         self.now, self.finishes = int(time.time()), list[Finish]()
-        texts = sum(len(part) for part in (*parts, body.negative_prompt) if isinstance(part, str))
         pixels = self.size and self.size[0] * self.size[1]
         service.limits.check(n=body.n, steps=body.num_inference_steps, output_pixels=pixels)
-        service.limits.check(tokens=body.budget, texts=texts)
+        service.limits.check(tokens=body.budget)
+        service.check_heard([*parts, body.negative_prompt or ""])
         settings, changed = service.bagel.config.settings, {}
         for task in ("draw", "edit", "ask"):  # an answer's budget holds its thought too
             options = body.sampling | {"max_tokens": body.budget}
@@ -67,7 +68,7 @@ class Replies:
             async for event in events:
                 ready, stopped = len(held), False
                 if isinstance(event, Text):
-                    held += event.text if said or not self.think else event.text.lstrip()
+                    held += event.text if said or held or not self.think else event.text.lstrip()
                     ready, stopped = self._ready(held)
                 if ready:
                     yield Text(held[:ready])
@@ -131,12 +132,10 @@ class Conversation(Replies):
         """
         parts: list[Part] = []
         for message in body.messages:
-            told = message.parts
+            told = message.content or []
             turned = message.role == "user" and told == sorted(told, key=lambda part: part.shows)
             parts += sorted(told, key=lambda part: not part.shows) if turned else told
-        urls = [part.image_url for part in parts if part.shows]
-        sources = [url if isinstance(url, str) else url.get("url", "") for url in urls]
-        pictures = iter(await opened(service, sources))
+        pictures = iter(await opened(service, [part.image_url.url for part in parts if part.shows]))
         texts = (part.text.removeprefix(OPEN).removesuffix(CLOSE) for part in parts if not part.shows)
         heard = [next(pictures if part.shows else texts) for part in parts]
         return cls(service, key, body, [part for part in heard if part])
@@ -153,7 +152,7 @@ class Conversation(Replies):
             yield head | {"choices": [], "usage": self._usage()}
 
     async def whole(self) -> Tree:
-        choices = await asyncio.gather(*[self._choice(index) for index in range(self.number)])
+        choices = await together(self._choice(index) for index in range(self.number))
         return self.head | {"object": "chat.completion", "choices": choices, "usage": self._usage()}
 
     async def _choice(self, index: int) -> Tree:
@@ -213,7 +212,7 @@ class Drawings(Replies):
                 yield event
 
     async def whole(self) -> Tree:
-        made = await asyncio.gather(*[self._last(index) for index in range(self.number)])
+        made = await together(self._last(index) for index in range(self.number))
         told = ("b64_json", "seed", "revised_prompt")
         data = [{name: one[name] for name in told} for one in made]
         head = {name: made[0][name] for name in ("background", "output_format", "size")}
@@ -258,6 +257,16 @@ def _area(size: tuple[int, int], side: int) -> int:
     return (size[0] // side) * (size[1] // side)
 
 
+async def together(replies: Iterable[Coroutine[Any, Any, Tree]]) -> list[Tree]:
+    """All of them; where one fails the others end, and its error is told."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(reply) for reply in replies]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
 async def opened(service: Service, sources: Sequence[str | bytes]) -> list[Image.Image]:
     """Pictures through the gate."""
     service.limits.check(pictures=len(sources))
@@ -277,7 +286,8 @@ def changeable(data: bytes, size: tuple[int, int]) -> Image.Image:
     """Where a mask lets a picture change: 255 where it is transparent. For bytes that passed the gate, which
     keeps no transparency.
     """
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
+    wrong = retold("the mask must be a PNG with transparency", UnidentifiedImageError)
+    with wrong, Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
         if mask.size != size:
             raise ValueError(f"the mask is {mask.size}, the last picture {size}; make them equal in size")
         return mask.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)

@@ -2,9 +2,10 @@
 or inside `extra_body`. None stands for the model's own default.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from openbagel.checks import nearest
@@ -16,6 +17,11 @@ RENAMED = {"guidance_scale": "text_guidance", "image_guidance_scale": "image_gui
 SAMPLED = {*RENAMED, "guidance_interval", "renorm", "renorm_min", "timestep_shift", "taylorseer"}
 SAMPLED |= {"negative_prompt", "temperature", "top_p", "top_k"}
 """The fields that are options of `openbagel.config.adjusted`, two of them under another name."""
+
+
+def _short(kind: Any, full: Callable[[str], Any]) -> BeforeValidator:
+    """Lets a text stand for what it is in full. (Errors of a union would tell of texts where none is.)"""
+    return BeforeValidator(lambda a: full(a) if isinstance(a, str) else a, json_schema_input_type=kind | str)
 
 
 class Options(BaseModel):
@@ -85,26 +91,29 @@ class Options(BaseModel):
         return asked | {"num_timesteps": self.num_inference_steps and self.num_inference_steps + 1}
 
 
+class Link(BaseModel):
+    url: str
+    detail: str | None = None
+
+
 class Part(BaseModel):
     """A text, or a picture: its URL, or an object with `url`."""
 
     type: Literal["text", "image_url"]
     text: str = ""
-    image_url: dict[Literal["url", "detail"], str] | str = ""
+    image_url: Annotated[Link, _short(Link, lambda url: {"url": url})] = Link(url="")
 
     @property
     def shows(self) -> bool:
         return self.type == "image_url"
 
 
+Said = Annotated[list[Part], _short(list[Part], lambda text: [{"type": "text", "text": text}])]
+
+
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
-
-    @property
-    def parts(self) -> list[Part]:
-        content = self.content or []
-        return [Part(type="text", text=content)] if isinstance(content, str) else content
+    content: Said | None = None
 
 
 class Chat(Options):

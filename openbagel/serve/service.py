@@ -48,6 +48,12 @@ class Service:
     def is_alive(self) -> bool:
         return self.worker.is_alive() and not self.worker.closed
 
+    def check_heard(self, parts: Sequence[Any]) -> None:
+        """ValueError for longer texts or more pictures than the limits; what is no `str` is a picture."""
+        texts = [part for part in parts if isinstance(part, str)]
+        self.limits.check(texts=sum(map(len, texts)), pictures=len(parts) - len(texts))
+        self.limits.check(text_tokens=sum(len(self.bagel.codec.encode(text)) for text in texts))
+
     async def events(
         self, begin: Callable[[], Request[Any]], *, key: str = "", drafts: int = 0
     ) -> AsyncGenerator[Event | Draft | Ended, None]:

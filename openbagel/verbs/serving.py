@@ -3,7 +3,6 @@
 import gc
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openbagel.checks import extra
@@ -15,11 +14,15 @@ if TYPE_CHECKING:
     from openbagel.serve.service import Service
 
 
-def serviced(options: ModelOptions, limits: "ServerLimits") -> "Service":
-    """The model behind a scheduler; clients call it by the id or the folder's name."""
+def serviced(options: ModelOptions, limits: "ServerLimits", port: int) -> "Service":
+    """The model behind a scheduler; clients call it by the id or the folder's name. ValueError, before it is
+    loaded, where it is to listen on what is no port.
+    """
     from openbagel.serve.service import Service
 
-    name = Path(options.model).name if Path(options.model).is_dir() else options.model
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port {port} is none; give one between 0 and {2**16 - 1}")
+    name = os.path.basename(os.path.abspath(options.model)) if os.path.isdir(options.model) else options.model
     return Service(options.load(), limits, name=name)
 
 
@@ -46,7 +49,7 @@ class Serve(ModelOptions):
         keys = self.api_key or os.environ.get("OPENBAGEL_API_KEY", "").split()
         api.check_public(self.host, keys, self.insecure)
         limits = from_json(ServerLimits, dict(self.limits or ()), "--limits")
-        service = serviced(self, limits)
+        service = serviced(self, limits, self.port)
         app = api.create_app(service, keys=keys, page=not self.no_ui)
         gc.freeze()  # what is loaded stays: looking through it for garbage would halt every request for 0.2 s
         api.Server(app, service, self.host, self.port).run()
@@ -67,7 +70,7 @@ class Ui(ModelOptions):
         from openbagel.serve import web
         from openbagel.serve.limits import ServerLimits
 
-        service = serviced(self, ServerLimits())
+        service = serviced(self, ServerLimits(), self.server_port)
         where = {"server_name": self.server_name, "server_port": self.server_port, "share": self.share}
         blocks, password = web.launch(service, password=self.password, **where)
         print(blocks.share_url or blocks.local_url, f"password: {password}" * bool(password), flush=True)

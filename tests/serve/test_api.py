@@ -147,6 +147,31 @@ def test_errors_have_one_shape(client: httpx.Client, method: str, path: str, bod
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "param", "word"),
+    [
+        (CHAT, [{"type": "input_image"}], "messages.0.content.0.type", "'text' or 'image_url'"),
+        (CHAT, [{"type": "image_url", "image_url": {}}], "messages.0.content.0.image_url.url", "required"),
+        (CHAT, 3, "messages.0.content", "list"),
+        (EDITS, {"guidance_interval[]": "a"}, "guidance_interval.0", "guidance_interval"),
+        (EDITS, {"n": "many"}, "n", "n: "),
+    ],
+)
+def test_errors_name_the_place(client: httpx.Client, path: str, body: Any, param: str, word: str):
+    if path == CHAT:
+        reply = client.post(path, json={"messages": [{"role": "user", "content": body}]})
+    else:
+        reply = client.post(path, data={"prompt": "x", **body}, files={"image": b"x"})
+    assert is_error(reply, 422) and reply.json()["error"]["param"] == param, reply.text
+    assert word in reply.json()["error"]["message"] and "valid string" not in reply.text
+
+
+def test_json_comes_as_json(client: httpx.Client):
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        reply = client.post(CHAT, content=json.dumps(ASK), headers=headers)
+        assert is_error(reply, 422) and "content-type: application/json" in reply.text
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "http://127.0.0.1/x.png",
@@ -272,8 +297,9 @@ def test_a_dead_worker_is_told(monkeypatch):
     service = Service(tiny.bagel(), ServerLimits())
     with running(service) as url:
         assert httpx.get(url + "/health").json() == {"status": "ok"}
+        assert httpx.head(url + "/health").status_code == 200
         service.worker.close()
-        assert httpx.get(url + "/health").status_code == 503
+        assert httpx.get(url + "/health").status_code == httpx.head(url + "/health").status_code == 503
         assert is_error(httpx.post(url + DRAWINGS, json=DRAW), 503)
 
 

@@ -30,7 +30,7 @@ from tests.serve.live import running
 from tests.serve.test_api import CHAT, DRAW, DRAWINGS, EDITS, LONG, is_error, until
 
 BODY = 100_000
-LIMITS = ServerLimits(body_bytes=BODY, body_seconds=1.0, queue=1, key_queue=1, running=2, n=2, steps=250)
+LIMITS = ServerLimits(body_bytes=BODY, body_seconds=1.0, queue=1, key_queue=1, running=2, n=3, steps=250)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,11 @@ def test_what_only_tells_goes_in_between_a_crowd():
         (DRAWINGS, DRAW | {"prompt": "x" * 60_000, "negative_prompt": ""}, "texts"),
         (DRAWINGS, DRAW | {"negative_prompt": "x" * 60_000}, "texts"),
         (CHAT, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5000}, "tokens"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "é" * 10_000}], "max_tokens": 1},
+            "8,192 text_tokens",
+        ),
     ],
 )
 def test_caps_of_a_request(path: str, body: Any, word: str):
@@ -198,6 +203,43 @@ def test_strange_forms_are_the_sender_s_fault(url: str):
     assert reply.status_code == 200
 
 
+def test_all_replies_are_made_or_none():
+    """With two of three places taken; and more than fit when all are free are refused for good."""
+    service = Service(tiny.bagel(), ServerLimits(queue=3, running=1))
+    with running(service) as url:
+        lines = []
+        for count in (1, 2, 3):
+            lines.append(socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=10))
+            body = json.dumps(LONG).encode()
+            head = f"POST {DRAWINGS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            lines[-1].sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert until(lambda: len(service.scheduler.running) + service.scheduler.num_waiting == count)  # noqa: B023
+        reply = httpx.post(url + CHAT, json={"messages": [{"role": "user", "content": "x"}], "n": 2})
+        assert is_error(reply, 429)
+        for line in lines:
+            line.close()
+        assert until(lambda: service.scheduler.counts["cancelled"] == 4)
+        assert not service.scheduler.counts["done"]
+        reply = httpx.post(url + DRAWINGS, json=DRAW | {"n": 4})
+        assert is_error(reply, 400) and "limit of 3 n" in reply.text
+        assert len(httpx.post(url + DRAWINGS, json=DRAW | {"n": 3}, timeout=20).json()["data"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("limits", "word"),
+    [
+        ({"picture_formats": ("PNG", "HEIC")}, "'HEIC' is none of"),
+        ({"body_bytes": -5}, "body_bytes -5 must be at least 0"),
+        ({"request_seconds": -1.0}, "request_seconds -1.0"),
+        ({"url_seconds": float("nan")}, "url_seconds nan"),
+        ({"running": 0}, "running 0 must be at least 1"),
+    ],
+)
+def test_limits_that_make_no_sense(limits: Any, word: str):
+    with pytest.raises(ValueError, match=word):
+        ServerLimits(**limits)
+
+
 def test_limits_are_shown(url: str):
     told = httpx.get(url + "/v1/limits").json()
-    assert told["body_bytes"] == BODY and told["n"] == 2 and told["url_hosts"] == []
+    assert told["body_bytes"] == BODY and told["n"] == 1 and told["url_hosts"] == []

@@ -54,9 +54,9 @@ def decoded(code: str | None) -> Image.Image:
     return picture
 
 
-def png(picture: Image.Image) -> bytes:
+def png(picture: Image.Image, form: str = "png") -> bytes:
     file = io.BytesIO()
-    picture.save(file, "png")
+    picture.save(file, form)
     return file.getvalue()
 
 
@@ -71,7 +71,7 @@ def same(a: Image.Image, b: Image.Image) -> bool:
 def said(picture: Image.Image, text: str) -> Any:
     return [
         {"type": "text", "text": text},
-        {"type": "image_url", "image_url": {"url": data_url(picture), "detail": "high"}},
+        {"type": "image_url", "image_url": {"url": data_url(picture), "detail": None}},
     ]
 
 
@@ -176,6 +176,9 @@ def test_outside_the_mask_nothing_changes(server: Server, circle: Image.Image):
     assert same(drawn.crop((0, 0, 32, 64)), free.crop((0, 0, 32, 64)))
     with pytest.raises(openai.BadRequestError, match="equal in size"):
         server.client.images.edit(image=png(circle), mask=png(mask.resize((8, 8))), prompt="blue")
+    for form in ("jpeg", "webp"):
+        with pytest.raises(openai.BadRequestError, match="mask must be a PNG with transparency"):
+            server.client.images.edit(image=png(circle), mask=png(circle, form), prompt="blue")
 
 
 def test_chat_answers_about_a_picture(server: Server, circle: Image.Image):
@@ -240,6 +243,18 @@ def test_chat_thinks(server: Server):
     assert thought.strip() == expected.info["thought"]
     drawn = server.client.images.generate(prompt="a red circle", extra_body=QUICK | {"reasoning": True})
     assert drawn.data and drawn.data[0].revised_prompt == expected.info["thought"]
+
+
+def test_a_thinking_answer_keeps_its_spaces(server: Server, circle: Image.Image):
+    """Where its first letter, held back as the beginning of a stop word, is an article."""
+    expected = server.bagel.ask(circle, "describe the picture", think=True)
+    reply = server.client.chat.completions.create(
+        model="nano",
+        messages=[{"role": "user", "content": said(circle, "describe the picture")}],
+        stop="at",
+        reasoning_effort="low",
+    )
+    assert expected.startswith("a ") and reply.choices[0].message.content == expected
 
 
 def test_chat_in_turns_with_pictures_of_the_assistant(server: Server, circle: Image.Image):

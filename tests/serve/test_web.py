@@ -403,6 +403,11 @@ def test_only_uploads_are_opened(service: Service, red: Path) -> None:
         apart(lambda: web.Page(service).opened(str(red)))
 
 
+def test_texts_are_counted_in_tokens(service: Service) -> None:
+    with pytest.raises(ValueError, match="limit of 8,192 text_tokens; send less, or begin anew"):
+        web.Page(service).checked(["é" * 4000, "é" * 4000])
+
+
 def test_a_key_is_asked_for_on_every_route(service: Service) -> None:
     app = web.mount(FastAPI(), service, ["secret key"])
     with TestClient(app) as client:
