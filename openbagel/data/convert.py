@@ -135,7 +135,7 @@ def _fitting(row: Row, format: Format) -> Row:
         raise BadRow(f"a {format} holds one picture a row, in field 'image'; choose parquet or jsonl")
     fields = {name: value for name, value in row.items() if name not in PICTURE_FIELDS}
     message = f"one of the fields {', '.join(map(repr, fields))} is no JSON ({{error}})"
-    with retold(message, TypeError, ValueError, kind=BadRow):
+    with retold(message, TypeError, ValueError, RecursionError, kind=BadRow):
         if isinstance(row.get("captions"), str):
             row["captions"] = json.loads(row["captions"])
         json.dumps(fields)
@@ -174,8 +174,10 @@ def _as_columns(row: Row) -> Row:
     row = dict(row)
     if "conversations" in row and isinstance(row.get("image"), bytes):
         row["image"] = [row["image"]]
-    for name in row.keys() & {"caption", "text"} if "image" in row and "captions" not in row else ():
-        row["captions"] = {"caption": row.pop(name)}
+    named = [name for name in ("caption", "text") if name in row and "image" in row]
+    if named and "captions" not in row:
+        said = row.pop(named[0])
+        row["captions"] = dict(enumerate(said)) if isinstance(said, list) else {"caption": said}
     return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in row.items()}
 
 
@@ -234,7 +236,7 @@ def _members(rows: Iterable[Row]) -> Iterator[tuple[int, str, bytes]]:
 
 
 def _file(picture: bytes) -> tuple[str, bytes]:
-    """Ending and content of a picture's file; formats that no tar or folder is searched for become PNG."""
+    """Ending and content of a picture's file; rarer formats become PNG."""
     with Image.open(io.BytesIO(picture)) as opened:
         kind = opened.format or ""
     if kind in ENDINGS:

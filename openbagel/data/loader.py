@@ -9,9 +9,12 @@ nor a sample depends on their number, and the cursor knows nothing of what is de
 
 import itertools
 import json
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,18 @@ class Batch:
     number: int
 
 
+tell_once = cache(warnings.warn)
+
+
+@contextmanager
+def spared(what: str) -> Iterator[None]:
+    """A disk that is full or read-only ends what is done inside and not the run; it is told once."""
+    try:
+        yield
+    except OSError as error:
+        tell_once(f"{what}: {error.strerror or error}")
+
+
 class BadRows:
     """Counts the rows that are left out since the start of this process; too many are an error.
 
@@ -74,9 +89,10 @@ class BadRows:
 
     def __init__(self, max_bad: float, quarantine: Path | None) -> None:
         self.max_bad, self.quarantine = max_bad, quarantine
-        self.seen = self.bad = 0
+        self.seen = self.bad = self.listed = 0
         self.counts: Counter[tuple[str, str, str]] = Counter()
-        """By dataset, reason, and shard: what `where` says before its first comma."""
+        """By dataset, reason, and shard: what `where` says before its first comma. `listed` counts the bytes
+        of the quarantine file."""
         self._examples: dict[tuple[str, str, str], str] = {}
         self._long: Counter[str] = Counter()
 
@@ -108,10 +124,12 @@ class BadRows:
         return "\n".join("{:6d}  {}: {}, in {}; such as {}".format(*row) for row in rows)
 
     def write(self, skipped: Sequence[Skipped]) -> None:
-        """Appends to the quarantine file, if there is one."""
+        """Lists them in the quarantine file, if there is one; what a killed run listed ahead goes first."""
         if self.quarantine and skipped:
-            with self.quarantine.open("a") as file:
-                file.writelines(json.dumps(to_json(row)) + "\n" for row in skipped)
+            with spared("skipped rows are not listed"), self.quarantine.open("ab") as file:
+                file.seek(file.truncate(min(file.tell(), self.listed)))
+                file.writelines(json.dumps(to_json(row)).encode() + b"\n" for row in skipped)
+                self.listed = file.tell()
 
 
 class _Decoder(TorchDataset[Sample | Skipped]):
@@ -124,7 +142,7 @@ class _Decoder(TorchDataset[Sample | Skipped]):
     def __getitem__(self, id: SampleId) -> Sample | Skipped:
         try:
             return Sample(id, decode(self.parts(id)))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             where = self.datasets[id.dataset].where(id.row)
             return Skipped(id, SkipReason.DAMAGED, where, str(error))
 

@@ -22,7 +22,7 @@ from typing import Any
 from openbagel.checks import check_choice, nearest
 from openbagel.config import BagelConfig, from_json, read_yaml
 from openbagel.data.samples import FrameSampler, Part
-from openbagel.data.sources import PICTURE_ENDINGS, Source, located, open_source
+from openbagel.data.sources import CAPTIONS_FILES, PICTURE_ENDINGS, Source, located, open_source
 from openbagel.data.tasks import TASKS, UNDERSTANDING, Dropout, Row, TaskSetting, guess_task
 from openbagel.images import ImageLimits
 from openbagel.tokens import TextCodec
@@ -232,11 +232,11 @@ def guess_source(path: str | Path) -> tuple[str, Source]:
 def find_data(path: Path) -> Iterator[Path]:
     """The data sets in a folder, such as the official t2i/, editing/…, vlm/.
 
-    One is a JSONL file, or a folder that itself holds parquet files, tars or pictures.
+    One is a JSONL file, or a folder that itself holds parquet files, tars, pictures or their captions' file.
     """
     children = sorted(path.iterdir()) if path.is_dir() else []
-    endings = {child.suffix.lower() for child in children}
-    if not path.is_dir() or endings & {".parquet", ".tar", *PICTURE_ENDINGS}:
+    endings = {child.suffix.lower() for child in children} | {child.name for child in children}
+    if not path.is_dir() or endings & {".parquet", ".tar", *PICTURE_ENDINGS, *CAPTIONS_FILES}:
         yield path
     elif ".jsonl" in endings:
         yield from (child for child in children if child.suffix == ".jsonl")

@@ -196,7 +196,7 @@ class Supply:
         most, reason = self.packing.longest, SkipReason.BAD
         try:
             found, what = self.measure(id), "it holds no tokens"
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             found, what = Extent(0, 0), str(error)
         if found.tokens > most:
             reason, what = SkipReason.LONG, f"{found.tokens} tokens, max_num_tokens_per_sample is {most}"

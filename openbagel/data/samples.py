@@ -8,13 +8,13 @@ purpose), so that it depends on no worker, rank or order.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from itertools import islice
+from itertools import dropwhile, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -254,17 +254,25 @@ def video_frames(path: Path, choose: Callable[[int], tuple[int, ...]]) -> list[P
 
 @lru_cache(maxsize=4096)
 def video_header(path: Path) -> tuple[int, tuple[int, int]]:
-    """(frames, (width, height)); a file whose header keeps no count is walked without decoding.
+    """(frames that can be shown, (width, height)); a file without an index is walked, nothing decoded.
 
-    ValueError when the file is missing or damaged.
+    A clip that was cut from another without encoding it anew also holds frames that are not shown, or lacks
+    the whole frame that its first ones build on. ValueError when the file is missing or damaged.
     """
     with open_video(path) as container:
         stream = container.streams.video[0]
-        count = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
         width, height = stream.codec_context.width, stream.codec_context.height
-        container.seek(0)
         turned = any(frame.rotation % 180 for frame in islice(container.decode(stream), 1))
+        index = stream.frames and getattr(stream, "index_entries", ())  # which older versions of PyAV lack
+        shown = dropwhile(lambda frame: not frame.is_keyframe, index or _packets(path))
+        if not (count := sum(not frame.is_discard for frame in shown)):
+            raise ValueError(f"{path} holds no frame that can be shown; cut it anew, from a whole frame on")
         return count, (height, width) if turned else (width, height)
+
+
+def _packets(path: Path) -> Iterator[Any]:
+    with open_video(path) as container:
+        yield from (packet for packet in container.demux(video=0) if packet.size)
 
 
 @lru_cache(maxsize=2)

@@ -19,7 +19,8 @@ import numpy as np
 from openbagel.checks import extra, nearest, retold
 from openbagel.data.samples import BadRow
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAPTIONS_FILES = ("metadata.jsonl", "captions.json")
 CACHE_BYTES = 512 * 2**20
 ARROW_ERRORS = (OSError, ValueError, RuntimeError)
 """All that pyarrow raises for a damaged file."""
@@ -84,7 +85,8 @@ def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
 
 
 def _object(content: bytes, what: str) -> dict[str, Any]:
-    with retold(f"{what} is no valid JSON ({{error}}): {content[:60]!r}", ValueError, kind=BadRow):
+    message = f"{what} is no valid JSON ({{error}}): {content[:60]!r}"
+    with retold(message, ValueError, RecursionError, kind=BadRow):
         value = json.loads(content)
     if not isinstance(value, dict):
         raise BadRow(f"{what} is no JSON object but {content[:60]!r}; write {{field: value, …}}")
@@ -257,7 +259,8 @@ class FolderSource:
         pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS)
         self.entries = (listed or [(picture, None) for picture in pictures])[:num_used]
         if not self.entries:
-            raise ValueError(f"{folder} holds no .parquet, .tar or .jsonl files and no pictures")
+            remedy = "write a list in a .json file as one object a line of a .jsonl file"
+            raise ValueError(f"{folder} holds no .parquet, .tar or .jsonl files and no pictures; {remedy}")
         self.blocks: Sequence[int] = [len(self.entries)]
 
     def row(self, index: int) -> dict[str, Any]:
@@ -275,7 +278,7 @@ class FolderSource:
 
 def _listed(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """(name, fields) of the pictures that a file of captions lists."""
-    metadata, captions = folder / "metadata.jsonl", folder / "captions.json"
+    metadata, captions = (folder / name for name in CAPTIONS_FILES)
     if metadata.is_file():
         source = JsonlSource([metadata])
         rows = [source.row(index) for index in range(source.blocks[0])]

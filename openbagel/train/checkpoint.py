@@ -12,6 +12,7 @@ ranks write to one shared folder.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -108,7 +109,8 @@ class Checkpoints:
             if (stores or "@" in name) and part.numel():
                 parts[name], rows[name] = part, [start, *tensor.shape]
         size = self.ranks.size * sum(part.nbytes for part in parts.values())
-        stored, fault = self.ranks.gather_objects(self.ranks.is_first and self._obstacle(step, size))[0]
+        found = _attempt(lambda: self.ranks.is_first and self._is_stored(step, size))
+        stored, fault = self.ranks.gather_objects(found)[0]
         if fault:
             self._finish(fault)
         elif not stored:
@@ -139,16 +141,17 @@ class Checkpoints:
         if fault and self.ranks.is_first:
             warnings.warn(f"{message}; the one before stays", stacklevel=2)
 
-    def _obstacle(self, step: int, size: int) -> tuple[bool, str | None]:
-        """(whether the step is stored already, why it cannot be stored now); removes what a kill left."""
+    def _is_stored(self, step: int, size: int) -> bool:
+        """Whether the step is stored already; OSError if it cannot be now. Removes what a kill left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(TEMPORARY + "*"):
             shutil.rmtree(path, ignore_errors=True)
         path, free = self._path(step), shutil.disk_usage(self.folder).free
         if path.is_dir() and not _damage(path):
-            return True, None
-        wanted = int(SPARE * size)
-        return False, f"{free:,} bytes are free, {wanted:,} are needed" if free < wanted else None
+            return True
+        if free < (wanted := int(SPARE * size)):
+            raise OSError(f"{free:,} bytes are free, {wanted:,} are needed")
+        return False
 
     def _write(self, step: int, tensors: dict[str, Tensor], rows: str, facts: str) -> str | None:
         """Writes, agrees with the other ranks, commits. Returns the fault, the same on all ranks."""
@@ -168,7 +171,7 @@ class Checkpoints:
             fault = fault or _attempt(lambda: self._commit(step, aside, dict(ChainMap(*written))))[1]
             if fault:
                 shutil.rmtree(aside, ignore_errors=True)
-            _attempt(lambda: [_remove(path) for path in self._newest()[self.keep :]])
+            _attempt(lambda: [_remove(path) for path in self._newest(step)[self.keep :]])
         return self.ranks.gather_objects(fault, self.group)[0]
 
     def _commit(self, step: int, aside: Path, files: dict[str, tuple[int, int]]) -> None:
@@ -182,9 +185,10 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
 
-    def _newest(self) -> list[Path]:
+    def _newest(self, now: float = math.inf) -> list[Path]:
+        """What is above the step of now comes last: a run that has fallen behind it found it damaged."""
         steps = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
-        return sorted(steps, key=lambda path: -int(path.name[5:]))
+        return sorted(steps, key=lambda path: ((step := int(path.name[5:])) > now, -step))
 
     def latest(self) -> Path | None:
         """The newest folder whose every byte is as written; a warning for each newer one that is not."""

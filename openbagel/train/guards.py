@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from openbagel.checks import check_least
 from openbagel.config import BagelConfig
 
 # steps ------------------------------------------------------------------------------------------------------
@@ -35,6 +36,7 @@ class Guard:
     check_first_losses: bool = True
 
     def __post_init__(self) -> None:
+        check_least(self, max_bad_steps=0)
         if not 2 <= self.spike_min_seen <= self.spike_window:
             raise ValueError(f"spike_min_seen {self.spike_min_seen} must lie in [2, {self.spike_window}]")
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from openbagel.config import BagelConfig
+from openbagel.data.loader import spared
 from openbagel.data.samples import Pixels, Role, Sample
 from openbagel.flow import interpolate, shifted, velocity_target
 from openbagel.images import patchify
@@ -28,7 +30,8 @@ ENCODED_TOGETHER = 16
 
 class LatentCache:
     """Posterior means and variances on disk (float16), found by the pixels and the autoencoder's weights: a
-    folder per autoencoder, so that other weights never find these latents.
+    folder per autoencoder, so that other weights never find these latents. A file that cannot be read, or was
+    cut short, counts as absent.
     """
 
     def __init__(self, folder: str | Path, autoencoder: AutoEncoder) -> None:
@@ -39,16 +42,19 @@ class LatentCache:
 
     def get(self, pixels: Tensor) -> Tensor | None:
         """Moments float32[2Z, h, w], or None."""
-        path = self._path(pixels)
-        return torch.from_numpy(np.load(path).astype(np.float32)) if path.is_file() else None
+        with suppress(OSError, ValueError, EOFError):
+            return torch.from_numpy(np.load(self._path(pixels)).astype(np.float32))
 
-    def put(self, pixels: Tensor, moments: Tensor) -> None:
-        path = self._path(pixels)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.with_suffix(f".{os.getpid()}.tmp")
-        with written.open("wb") as file:
-            np.save(file, moments.to("cpu", torch.float16).numpy())
-        written.replace(path)
+    def put(self, pixels: Tensor, moments: Tensor) -> Tensor:
+        """The moments as `get` will give them."""
+        path, rounded = self._path(pixels), moments.to("cpu", torch.float16)
+        with spared("latents are not kept"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = path.with_suffix(f".{os.getpid()}.tmp")
+            with written.open("wb") as file:
+                np.save(file, rounded.numpy())
+            written.replace(path)
+        return rounded.float()
 
     def _path(self, pixels: Tensor) -> Path:
         content = repr(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()
@@ -73,7 +79,9 @@ class LatentEncoder:
         return [list(self._sample(sample, moments)) for sample in samples]
 
     def _moments(self, frames: list[Tensor]) -> Iterator[Tensor]:
-        """float32[2Z, h, w] of each frame, in order; pictures of one size are encoded together."""
+        """float32[2Z, h, w] of each frame, in order; pictures of one size are encoded together, but alone for
+        the cache: a batch of another size rounds differently, and its size would depend on what is cached.
+        """
         if frames and self.autoencoder is None:
             remedy = "add ae.safetensors to its folder, or leave those data sets out"
             raise ValueError(f"the data has pictures to draw and the model has no autoencoder; {remedy}")
@@ -82,13 +90,12 @@ class LatentEncoder:
         for index, known in enumerate(found):
             if known is None:
                 by_size[frames[index].shape].append(index)
+        together = 1 if self.cache else ENCODED_TOGETHER
         for indexes in by_size.values():
-            for first in range(0, len(indexes), ENCODED_TOGETHER):
-                group = indexes[first : first + ENCODED_TOGETHER]
+            for first in range(0, len(indexes), together):
+                group = indexes[first : first + together]
                 for index, moments in zip(group, self._encode([frames[i] for i in group]), strict=True):
-                    found[index] = moments
-                    if self.cache:
-                        self.cache.put(frames[index], moments)
+                    found[index] = self.cache.put(frames[index], moments) if self.cache else moments
         return iter([moments for moments in found if moments is not None])
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from openbagel.checks import check_least, extra
+from openbagel.checks import check_least, extra, retold
 from openbagel.config import BagelConfig
 from openbagel.data.samples import visible_pairs
 from openbagel.sequence import PackedSequence
@@ -204,7 +204,9 @@ def _wandb(folder: Path, track: Track, closing: ExitStack) -> Callable[[Row], ob
     name, mode = track.wandb_name, "offline" if track.wandb_offline else None
     known = {"project": track.wandb_project, "name": name, "id": f"{name}-run{track.wandb_run_id}"}
     wandb = extra("wandb", "track", "track.wandb_project")
-    run = wandb.init(dir=folder, resume=track.wandb_resume, mode=mode, **known)
+    remedy = "run `wandb login`, or set track.wandb_offline=true or track.wandb_project=null"
+    with retold(f"Weights & Biases does not begin ({{error}}); {remedy}", wandb.Error):
+        run = wandb.init(dir=folder, resume=track.wandb_resume, mode=mode, **known)
     closing.callback(run.finish)
     return lambda row: run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 

@@ -10,6 +10,7 @@ write into its Python (group, data set, `data_dir` and so on). Without it they a
 """
 
 import argparse
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 
 from openbagel.attention import Execution
 from openbagel.checks import check_choice, nearest
+from openbagel.data.packing import Packing
 from openbagel.train.recipe import nested
 from openbagel.weights import TOP_LEVEL, describe
 
@@ -189,7 +191,8 @@ def recipe(arguments: Sequence[str]) -> dict[str, Any]:
 
     ValueError when --max_latent_size is smaller than the checkpoint's grid of positions. Left out, the
     checkpoint's grid stays. A larger one is computed anew: the sin-cos table gives a row and a column the
-    same numbers whatever its side, so that nothing learned is lost.
+    same numbers whatever its side, so that nothing learned is lost. As no flag sets the streams of packs,
+    they are so many that the ranks of torchrun can share them.
     """
     tree = recipe_of(parse(arguments))
     facts, wanted = tree["start"]["facts"], tree["start"]["settings"].get("max_latent_size")
@@ -197,6 +200,8 @@ def recipe(arguments: Sequence[str]) -> dict[str, Any]:
         smaller = f"--max_latent_size {wanted} is smaller than the {stored}x{stored} grid of {facts}"
         remedy = f"larger pictures would have no positions; give --max_latent_size {stored}"
         raise ValueError(f"{smaller}: {remedy}")
+    streams = Packing().streams
+    tree["data"]["packing"]["streams"] = streams + -streams % int(os.environ.get("WORLD_SIZE", "1"))
     if find_spec("wandb") is None:
         warnings.warn("no Weights & Biases log: pip install 'openbagel[track]'", stacklevel=2)
         tree["track"]["wandb_project"] = None

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from openbagel.checks import extra
+from openbagel.checks import check_least, extra
 from openbagel.train.parallel import like, local_part
 
 LEAST_EPS_8BIT = 1e-8
@@ -38,6 +38,9 @@ class Schedule:
     warmup: int = 2000
     total: int = 500_000
     decay_steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_least(self, lr=0, min_lr=0, warmup=0, decay_steps=0)
 
     def at(self, step: int) -> float:
         if step < self.warmup:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from openbagel.data.loader import spared
 from openbagel.inference.pipeline import Bagel
 from openbagel.picture_files import open_picture, save_picture
 from openbagel.weights import Checkpoint
@@ -51,12 +52,14 @@ class Previews:
         seed, said = self.preview.seed, []
         for number, prompt in enumerate(self.preview.prompts):
             picture = self.bagel.generate(prompt, seed=seed + number)  # a batch would need more memory
-            if target:
-                name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:48]
-                save_picture(picture, target / f"{number + 1}-{name}.png")
+            name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:48]
+            with spared("previews are not written"):
+                if target:
+                    save_picture(picture, target / f"{number + 1}-{name}.png")
         for shown, (file, question) in zip(self.pictures, self.preview.questions, strict=True):
             said.append(f"{file}\nQ: {question}\nA: {self.bagel.ask(shown, question, seed=seed)}\n".lstrip())
-        if target and said:
-            target.mkdir(parents=True, exist_ok=True)
-            (target / "answers.txt").write_text("\n".join(said), "utf-8")
+        with spared("previews are not written"):
+            if target and said:
+                target.mkdir(parents=True, exist_ok=True)
+                (target / "answers.txt").write_text("\n".join(said), "utf-8")
         return target

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from openbagel.checks import check_choice
+from openbagel.checks import check_choice, check_least, retold
 from openbagel.config import from_json, read_yaml, to_json
 from openbagel.data.loader import Reading
 from openbagel.data.tasks import PAPER, SCRIPT, Dropout
@@ -47,6 +47,10 @@ class Origin:
     128}}.
     """
     parts: Parts | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            check_choice("start.weights", self.weights, ("ema", "model"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +105,11 @@ class Recipe:
     overfit: int = 0
     """A self-test instead of a run: so many steps on the first pack, whose losses must fall below half."""
 
+    def __post_init__(self) -> None:
+        check_least(self, overfit=0)
+        if self.quantise_base and self.lora is None:
+            raise ValueError("quantise_base freezes the base in 4 bits; add lora to train adapters")
+
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A YAML or JSON file with `section.key=value` overrides; ValueError names unknown keys."""
@@ -110,7 +119,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r} is no override; write key=value, for example train.steps=200")
-        places[key] = yaml.safe_load(value)
+        with retold(f"{override!r} is no override: the value is no YAML; quote it", yaml.YAMLError):
+            places[key] = yaml.safe_load(value)
     return recipe_from(merged(tree, nested(places)), str(path))
 
 
@@ -118,10 +128,7 @@ def recipe_from(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     """A tree with its stage's values laid under it."""
     if tree.get("stage") is not None:
         tree = merged(stage(tree["stage"]), tree)
-    recipe = from_json(Recipe, tree, where)
-    if recipe.quantise_base and recipe.lora is None:
-        raise ValueError(f"{where}: quantise_base freezes the base in 4 bits; add lora to train adapters")
-    return recipe
+    return from_json(Recipe, tree, where)
 
 
 # the stages of the paper ------------------------------------------------------------------------------------
@@ -178,9 +185,10 @@ def nested(places: Mapping[str, Any]) -> dict[str, Any]:
     for place, value in places.items():
         *branches, leaf = place.split(".")
         branch = tree
-        for key in branches:
-            branch = branch.setdefault(key, {})
-        branch[leaf] = list(value) if isinstance(value, tuple) else value
+        with retold(f"{place} lies below a key with a value; give one of them", TypeError, AttributeError):
+            for key in branches:
+                branch = branch.setdefault(key, {})
+            branch[leaf] = list(value) if isinstance(value, tuple) else value
     return tree
 
 

@@ -34,7 +34,7 @@ from openbagel.train.parallel import Parallel, Ranks, materialise, memory_estima
 from openbagel.train.previews import Previews
 from openbagel.train.recipe import Data, Origin, Recipe, Resolution, merged, read_recipe
 from openbagel.train.trainer import Place, Trainer
-from openbagel.weights import Checkpoint, load_checkpoint, open_weights, save_checkpoint
+from openbagel.weights import MODEL_FILES, Checkpoint, load_checkpoint, open_weights, save_checkpoint
 from openbagel.world.samples import WorldDataset, world_codec, world_named
 
 KINDS = {"text": "text", "t2i_pretrain": "t2i", "vlm_sft": "i2t", "video_interleaved": "video"}
@@ -196,8 +196,11 @@ def _stored(origin: Origin, recipe: Recipe, device: str) -> Beginning:
         raise ValueError(f"{folder} holds no optimiser state; {remedy}")
     facts = find_model(origin.facts) if origin.facts else folder
     named = folder / f"{origin.weights}.safetensors"
-    whole = named.is_file() and not is_packed(folder)
-    weights = named if whole else folder  # shards, the only file there is, or DFloat11's many
+    there = [] if is_packed(folder) else [name for name in MODEL_FILES if (folder / name).is_file()]
+    if origin.weights and there and named.name not in there:
+        remedy = f"set start.weights to {Path(there[0]).stem} (official flag: --finetune_from_ema)"
+        raise ValueError(f"{folder} has no {named.name}; {remedy}")
+    weights = named if named.name in there else folder  # shards, the file there is, or DFloat11's many
     checkpoint = load_checkpoint(
         facts,
         dtype=torch.float32,
@@ -374,7 +377,8 @@ def _export(begin: Beginning, recipe: Recipe, ranks: Ranks) -> Path:
 
 def open_run(folder: str | Path, weights: str) -> Checkpoint | None:
     """The model of a run's folder, or of one of its checkpoints' folders, with its averaged ("ema") or last
-    ("model") weights; adapters are bound. None if the folder is of no run.
+    ("model") weights, the last ones of a run without an average; adapters are bound. None if the folder is
+    of no run.
 
     ValueError when the run has no checkpoint yet.
     """
@@ -390,8 +394,9 @@ def open_run(folder: str | Path, weights: str) -> Checkpoint | None:
     begin = begin_from(recipe, ranks)
     _mark(begin.checkpoint.model, recipe)
     stored, parameters = Stored(step), dict(begin.checkpoint.model.named_parameters())
+    is_averaged = any(name.startswith("ema/") for name in stored.shapes)
     for name in stored.shapes:
         part, _, parameter = name.partition("/")
-        if part == weights:
+        if part == (weights if is_averaged else "model"):
             parameters[parameter].data.copy_(stored[name])
     return begin.checkpoint

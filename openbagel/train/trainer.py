@@ -80,7 +80,10 @@ class Training(AdamW):
     """The run saves and ends after the step that exceeds this; run again to go on."""
 
     def __post_init__(self) -> None:
-        check_least(self, steps=0, accumulation=1, save_every=1, keep=1)
+        check_least(self, steps=0, accumulation=1, save_every=1, keep=1, ce_weight=0, mse_weight=0)
+        check_least(self, ema=0, max_grad_norm=1e-9, timestep_shift=1e-9)
+        if (self.ema or 0) >= 1:
+            raise ValueError(f"ema {self.ema} must be below 1; null keeps no average")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,11 +308,12 @@ class Trainer(Loop):
         return {"ce": ce.sum(), "mse": mse.sum()}
 
     def cursor(self) -> Cursor:
-        mine = self.after, self.tally["skipped_samples"]
-        cursors, skipped = zip(*self.ranks.gather_objects(mine), strict=True)
-        return {**merge_cursors(cursors), "skipped": sum(skipped)}
+        mine = self.after, self.tally["skipped_samples"], self.loader.bad_rows.listed
+        cursors, skipped, listed = zip(*self.ranks.gather_objects(mine), strict=True)
+        return {**merge_cursors(cursors), "skipped": sum(skipped), "listed": listed}
 
     def go_to(self, cursor: Cursor) -> None:
         self.loader.load_state_dict(cursor)
         self.tally["skipped_samples"] = cursor["skipped"] if self.ranks.is_first else 0
+        self.loader.bad_rows.listed = sum(cursor.get("listed", ())[self.ranks.rank :][:1])
         self.after, self.stream = self.loader.state_dict(), iter(self.loader)

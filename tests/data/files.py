@@ -10,7 +10,7 @@ import random
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -144,18 +144,45 @@ def write_vlm(folder: Path, *, rows: int = 5) -> Path:
     return write_jsonl(folder / "llava_ov_si.jsonl", [vlm_row(i, image) for i, image in enumerate(shown)])
 
 
-def write_video(path: Path, *, frames: int = 20, size: tuple[int, int] = (32, 16)) -> Path:
-    """An MP4 whose frame number i is grey 10·i."""
+def write_video(
+    path: Path,
+    *,
+    frames: int = 20,
+    size: tuple[int, int] = (32, 16),
+    codec: Literal["mpeg4", "libx264"] = "mpeg4",
+    fast_start: bool = False,
+) -> Path:
+    """An MP4 whose frame number i is grey 10·i, 5·i if there are many, every twentieth stored whole; its
+    header comes first for a fast start.
+    """
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+    with av.open(str(path), "w", options={"movflags": "faststart"} if fast_start else {}) as container:
+        groups = {"g": "20", "bf": "0", "sc_threshold": "0" if codec == "libx264" else "1000000000"}
+        stream = container.add_stream(codec, rate=10, options=groups)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for index in range(frames):
-            shade = np.full((size[1], size[0], 3), 10 * index % 256, np.uint8)
+            grey = (10 if frames <= 25 else 5) * index
+            shade = np.full((size[1], size[0], 3), grey, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
         container.mux(stream.encode())
+    return path
+
+
+def cut_video(source: Path, path: Path, first: int, *, keep_before: bool) -> Path:
+    """A video from a frame on, its packets as they are; those before it stay, at times below 0, or go."""
+    import av
+
+    with av.open(str(source)) as whole, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.pts is None or packet.dts is None or packet.time_base is None:
+                continue
+            offset = round(first / 10 / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, stream
+            if packet.pts >= 0 or keep_before:
+                container.mux(packet)
     return path
 
 

@@ -120,6 +120,25 @@ def test_what_is_written_is_official(tmp_path: Path) -> None:
         open_source(flipped).row(0)
 
 
+@pytest.mark.parametrize(
+    ("fields", "want"),
+    [
+        ({"text": "t", "caption": "c"}, {"captions": {"caption": "c"}, "text": "t"}),
+        ({"text": ["one", "two"]}, {"captions": {"0": "one", "1": "two"}}),
+        ({"captions": {"a": "b"}, "caption": "c"}, {"captions": {"a": "b"}, "caption": "c"}),
+    ],
+)
+def test_no_caption_is_lost(tmp_path: Path, fields: dict[str, Any], want: dict[str, Any]) -> None:
+    files.picture(0).save(tmp_path / "0.png")
+    convert(
+        files.write_jsonl(tmp_path / "a.jsonl", [{"image": "0.png", **fields}]),
+        tmp_path / "out",
+        Format.PARQUET,
+    )
+    (row,) = rows_of(tmp_path / "out")
+    assert {name: value for name, value in row.items() if name != "image"} == want
+
+
 def test_files_and_groups_end_where_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are streamed: no writer asks for more than a group ahead; a new field begins a new file."""
     import pyarrow.parquet

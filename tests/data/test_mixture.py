@@ -304,6 +304,11 @@ def test_every_format_is_guessed(tmp_path: Path) -> None:
         assert (group.name, group.task) == (path.name, task)
         assert len(rows_of(group)) == sum(group.blocks) > 0
     assert {group.task for group in groups_of(tmp_path)} == set(written.values())
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "folder").rename(tmp_path / "hub" / "images")  # Hugging Face's imagefolder
+    write_jsonl(tmp_path / "hub" / "metadata.jsonl", [{"file_name": "images/1.png", "text": "a cross"}])
+    (group,) = groups_of(tmp_path / "hub")
+    assert (group.task, len(rows_of(group))) == ("t2i_pretrain", 1)
     assert isinstance(guess_source(tmp_path / "text")[1], JsonlSource)
     assert isinstance(guess_source(tmp_path / "t2i")[1], ParquetSource)
 

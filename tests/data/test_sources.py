@@ -193,7 +193,8 @@ def test_lines_are_shuffled_then_cut_as_in_the_reference(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("{", "no valid JSON"), ("[1]", "no JSON object"), ('"a"', "no JSON")]
+    ("line", "message"),
+    [("{", "no valid JSON"), ("[" * 5000, "no valid JSON"), ("[1]", "no JSON object"), ('"a"', "no JSON")],
 )
 def test_a_bad_line_is_a_bad_row(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
@@ -258,6 +259,19 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
     assert source.row(1) == {"image": tmp_path / "1.png", "text": "one", "thought": "hm"}
 
 
+@pytest.mark.parametrize("ending", [".bmp", ".gif", ".tif", ".TIFF", ".webp", ".jpeg"])
+def test_every_format_that_is_opened_is_found(tmp_path: Path, ending: str) -> None:
+    picture(0).save(tmp_path / f"a{ending}")
+    (tmp_path / "a.txt").write_text("one")
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        for path in (tmp_path / f"a{ending}", tmp_path / "a.txt"):
+            tar.add(path, path.name)
+    packed = open_source(tmp_path / "b.tar").row(0)
+    assert packed == {"image": (tmp_path / f"a{ending}").read_bytes(), "caption": "one"}
+    (tmp_path / "b.tar").unlink()
+    assert rows(open_source(tmp_path)) == [{"image": tmp_path / f"a{ending}", "caption": "one"}]
+
+
 def test_a_folder_with_one_file_of_captions(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         picture(0).save(tmp_path / name)
@@ -270,12 +284,13 @@ def test_a_folder_with_one_file_of_captions(tmp_path: Path) -> None:
     assert open_source(tmp_path).row(1)["image"] == tmp_path / "(no file_name)"
 
 
-@pytest.mark.parametrize("name", ["nothing", "empty", "a.csv"])
+@pytest.mark.parametrize("name", ["nothing", "empty", "a.csv", r"a.json holds no .*one object a line"])
 def test_what_is_no_data_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_text("a,b\n")
+    (tmp_path / "a.json").write_text("[]")
     with pytest.raises(ValueError, match=name):
-        open_source(tmp_path / name)
+        open_source(tmp_path / name.partition(" ")[0])
 
 
 def test_reading_needs_nothing_but_the_row(tmp_path: Path) -> None:

@@ -163,10 +163,20 @@ def test_a_flipped_bit_is_found(tmp_path: Path):
     assert check_latest(checkpoints) == 2
 
 
+def test_what_is_damaged_goes_before_what_is_good(tmp_path: Path):
+    saved(tmp_path, 100, 200, 300, keep=3)
+    for step in (200, 300):
+        (tmp_path / f"step-0000{step}" / "MANIFEST.json").write_text("{}")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert check_latest(Checkpoints(tmp_path, ONE)) == 100
+    assert check_latest(saved(tmp_path, 150, keep=2)) == 150
+    assert {path.name for path in tmp_path.iterdir()} == {"step-0000100", "step-0000150"}
+
+
 def test_other_names_are_left_alone_and_old_steps_go(tmp_path: Path):
     for name in ("best", "step-final", "step-12", ".tmp-9", "0000007"):
         (tmp_path / name).mkdir()
-    checkpoints = saved(tmp_path, 5, 12_345_678, 6, keep=2)
+    checkpoints = saved(tmp_path, 4, 5, 6, 12_345_678, keep=2)
     assert check_latest(checkpoints) == 12_345_678
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"best", "step-final", "step-12", "0000007", "step-0000006", "step-12345678"}
@@ -220,6 +230,19 @@ def test_space_is_checked_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     checkpoints.save(3, numbered(3), {})
     checkpoints.close()
     assert checkpoints.failures == 0 and check_latest(checkpoints) == 3
+
+
+def no_place(ranks: Ranks, folder: Path) -> int:
+    checkpoints = Checkpoints(folder / "file" / "checkpoints", ranks)
+    with warnings.catch_warnings(record=True) as told:
+        checkpoints.save(1, numbered(1), {})
+    assert ["NotADirectoryError" in str(warning.message) for warning in told] == [True] * ranks.is_first
+    return checkpoints.failures
+
+
+def test_a_place_that_cannot_be_written_is_a_failed_save_on_every_rank(tmp_path: Path):
+    (tmp_path / "file").touch()
+    assert run_ranks(2, no_place, tmp_path) == [1, 1]
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path):

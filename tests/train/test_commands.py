@@ -63,11 +63,13 @@ def test_the_guides_pretraining_runs(data: Path, tmp_path: Path):
 
 
 def test_a_run_and_an_adapter_become_official_folders(start: Path, tmp_path: Path):
-    train(recipe(start, tmp_path / "run", train__steps=2), quiet)
-    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "float32"]) == 0
-    stored, written = last(tmp_path / "run"), load_checkpoint(tmp_path / "out").model.state_dict()
-    trained = {name.removeprefix("ema/"): t for name, t in stored.items() if name.startswith("ema/")}
-    assert trained and all(torch.equal(written[name], tensor) for name, tensor in trained.items())
+    for part, average in {"ema/": 0.9, "model/": None}.items():
+        run, out = tmp_path / f"{part}run", tmp_path / f"{part}out"
+        train(recipe(start, run, train__steps=2, train__ema=average), quiet)
+        assert cli.main(["convert", str(run), str(out), "--to", "float32"]) == 0
+        stored, written = last(run), load_checkpoint(out).model.state_dict()
+        trained = {name.removeprefix(part): t for name, t in stored.items() if name.startswith(part)}
+        assert trained and all(torch.equal(written[name], tensor) for name, tensor in trained.items())
 
     train(recipe(start, tmp_path / "lora", train__steps=2, lora={"preset": "both", "rank": 2}), quiet)
     merged = ["convert", str(start), str(tmp_path / "merged"), "--to", "float32"]

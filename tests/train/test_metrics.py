@@ -285,6 +285,21 @@ def test_wandb_runs_offline(tmp_path: Path):
     assert stored.stat().st_size > 0
 
 
+@pytest.mark.slow
+def test_wandb_without_a_key_is_told(tmp_path: Path):
+    pytest.importorskip("wandb")
+    code = (
+        "import sys; from pathlib import Path; from tests.train.test_metrics import *; "
+        "Metrics(Path(sys.argv[1]), track=Track(wandb_project='bagel'), total_steps=2)"
+    )
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    bare |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=bare)
+    assert "ValueError: Weights & Biases does not begin" in done.stderr, done.stderr
+    assert "track.wandb_offline=true" in done.stderr.splitlines()[-1]
+
+
 def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for module in ("torch.utils.tensorboard", "wandb", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)

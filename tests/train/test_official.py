@@ -284,6 +284,7 @@ def test_the_guides_fine_tuning(tmp_path: Path) -> None:
             "max_num_tokens_per_sample": 10240,
             "prefer_buffer_before": 16384,
             "max_buffer_size": 50,
+            "streams": 64,
         },
     }
     assert tree["train"]["schedule"] == {"kind": "constant", "lr": 2e-5, "min_lr": 1e-7, "warmup": 2000}
@@ -414,6 +415,15 @@ def test_a_grid_smaller_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
     assert official.recipe(line.split())["start"]["settings"] == {}, "left out, the checkpoint's stays"
     with pytest.raises(ValueError, match="no such model folder"):
         official.recipe([*line.split(), "--max_latent_size", "8", "--model_path", str(tmp_path / "no")])
+
+
+@pytest.mark.parametrize(("ranks", "streams"), [("1", 64), ("3", 66), ("8", 64), ("48", 96)])
+def test_streams_are_shared_by_the_ranks(
+    ranks: str, streams: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    line = f"--finetune_from_hf --resume_from {tmp_path} --model_path {tmp_path} --resume_model_only"
+    assert official.recipe(line.split())["data"]["packing"]["streams"] == streams
 
 
 # the command ------------------------------------------------------------------------------------------------

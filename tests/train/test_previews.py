@@ -1,6 +1,7 @@
 """Previews of a live model: what they write, what they leave alone, what they refuse."""
 
 import random
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def test_a_picture_may_go_while_the_run_lasts(
     previews = Previews(live, replace(preview, prompts=()), folder=tmp_path)
     Path(picture).unlink()
     assert previews.draw(3)
+
+
+def test_a_place_that_cannot_be_written_costs_previews_alone(
+    tmp_path: Path, live: Checkpoint, preview: Preview
+):
+    (tmp_path / "file").touch()
+    with warnings.catch_warnings(record=True) as told:
+        Previews(live, preview, folder=tmp_path / "file").draw(1)
+    assert [str(warning.message) for warning in told] == ["previews are not written: Not a directory"]
 
 
 def test_what_cannot_be_shown_is_refused_at_the_start(tmp_path: Path, live: Checkpoint):

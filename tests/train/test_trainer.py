@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,11 +116,12 @@ def same_run(a: Path, b: Path) -> None:
         assert [row.get(name) for row in rows(a)] == [row.get(name) for row in rows(b)], name
 
 
-@pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (2, 4)])
+@pytest.mark.parametrize(("workers", "accumulation", "cache"), [(0, 1, "latents"), (2, 4, None)])
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    start: Path, tmp_path: Path, workers: int, accumulation: int
+    start: Path, tmp_path: Path, workers: int, accumulation: int, cache: str | None
 ):
-    options = {"train__accumulation": accumulation}
+    """Also where the other one finds the latents that the first has written."""
+    options = {"train__accumulation": accumulation, "data__latent_cache": cache and str(tmp_path / cache)}
     train(recipe(start, tmp_path / "whole", **options), quiet)
     for steps in (3, 6):
         changed = recipe(start, tmp_path / "cut", train__steps=steps, data__workers=workers, **options)
@@ -158,6 +161,10 @@ def test_the_count_of_skipped_samples_survives(start: Path, tmp_path: Path, monk
             train(recipe(start, tmp_path / name, train__steps=steps, data__max_bad=0.5), quiet)
         counts[name] = [row["skipped_samples"] for row in rows(tmp_path / name)]
     assert counts["whole"] == counts["cut"] and counts["cut"][-1] > counts["cut"][0]
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-0000006")  # as if killed before its last save
+    train(recipe(start, tmp_path / "cut", data__max_bad=0.5), quiet)
+    whole, cut = ((tmp_path / name / "quarantine-0.jsonl").read_text() for name in counts)
+    assert whole == cut and whole.count("\n") == counts["whole"][-1]
 
 
 def test_both_losses_fall(start: Path, tmp_path: Path):
@@ -328,17 +335,29 @@ def test_a_sample_is_the_same_in_any_company():
     assert torch.allclose(ours.frames[0].tokens, theirs.frames[0].tokens, atol=5e-6)
 
 
-def test_latents_are_encoded_once(tmp_path: Path):
-    samples, first = world_samples("edit_recolour", 4), encoder()
-    assert first.autoencoder
-    cached = replace(first, cache=LatentCache(tmp_path, first.autoencoder))
-    once = cached.segments(samples)
-    first.autoencoder.encoder.register_forward_pre_hook(lambda *_: pytest.fail("encoded again"))
-    again = cached.segments(samples)
-    for a, b in zip(once, again, strict=True):
-        for x, y in zip(a, b, strict=True):
-            if isinstance(x, VaeImage) and isinstance(y, VaeImage) and x.frames:
-                assert torch.allclose(x.frames[0].tokens, y.frames[0].tokens, atol=0.02)
+def test_latents_are_encoded_once_and_do_not_depend_on_what_is_cached(tmp_path: Path):
+    samples, plain = world_samples("edit_recolour", 4), encoder()
+    assert plain.autoencoder
+
+    def latents(folder: str, samples: list[Sample]) -> torch.Tensor:
+        assert plain.autoencoder
+        cached = replace(plain, cache=LatentCache(tmp_path / folder, plain.autoencoder))
+        images = [part for parts in cached.segments(samples) for part in parts if isinstance(part, VaeImage)]
+        return torch.cat([frame.tokens for image in images for frame in image.frames])
+
+    latents("some", samples[1:2])
+    once = latents("some", samples)
+    assert torch.equal(latents("none", samples), once)
+    whole, empty, *_ = sorted((tmp_path / "some").rglob("*.npy"))
+    whole.write_bytes(whole.read_bytes()[:-9])
+    empty.write_bytes(b"")
+    assert torch.equal(latents("some", samples), once)
+    (tmp_path / "file").touch()
+    with warnings.catch_warnings(record=True) as told:
+        assert torch.equal(latents("file", samples), once)
+    assert ["latents are not kept: Not a directory" in str(warning.message) for warning in told] == [True]
+    plain.autoencoder.encoder.register_forward_pre_hook(lambda *_: pytest.fail("encoded again"))
+    assert torch.equal(latents("some", samples), once)
 
 
 def test_copies_share_their_context_and_spread_their_times():
@@ -390,8 +409,34 @@ def test_numbers_as_people_write_them():
 def test_unknown_keys_name_the_nearest():
     with pytest.raises(ValueError, match="'stepz'.*'steps'"):
         read_recipe(RECIPES / "nano_finetuning.yaml", ["train.stepz=3"])
-    with pytest.raises(ValueError, match="no override"):
-        read_recipe(RECIPES / "nano_finetuning.yaml", ["train.steps"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("train.steps", "no override"),
+        ("data.mixture={", "'data.mixture={' is no override: the value is no YAML"),
+        ("train.steps=5 train.steps.x=1", "train.steps.x lies below a key with a value"),
+        ("train.steps=5 train.steps.x.y=1", "train.steps.x.y lies below a key with a value"),
+        ("overfit=-3", "overfit -3 must be at least 0"),
+        ("start.weights=emma", "start.weights 'emma' is none of ema, model; did you mean 'ema'"),
+        ("train.ema=2", "ema 2.0 must be below 1"),
+        ("train.ema=-1", "ema -1.0 must be at least 0"),
+        ("train.max_grad_norm=0", "max_grad_norm 0.0 must be"),
+        ("train.timestep_shift=0", "timestep_shift 0.0 must be"),
+        ("train.schedule.lr=-1", "lr -1.0 must be at least 0"),
+        ("train.schedule.warmup=-3", "warmup -3 must be at least 0"),
+        ("guard.max_bad_steps=-1", "max_bad_steps -1 must be at least 0"),
+    ],
+)
+def test_what_cannot_be_is_told_before_the_run(changes: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(RECIPES / "nano_finetuning.yaml", changes.split())
+
+
+def test_weights_that_the_folder_lacks_are_told(start: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors; set start\.weights to ema"):
+        train(recipe(start, tmp_path, start__weights="model"), quiet)
 
 
 def test_a_stage_fills_in_what_a_recipe_leaves_open():
