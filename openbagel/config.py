@@ -152,9 +152,6 @@ def adjusted(sampling: Sampling, options: Mapping[str, Any]) -> Sampling:
     for name in asked:
         check_choice("option", name, [*fields, *GUIDANCE_OPTIONS])
     guidance = {field: asked.pop(name) for name, field in GUIDANCE_OPTIONS.items() if name in asked}
-    if "renorm" in guidance:
-        check_choice("renorm", guidance["renorm"], [kind.value for kind in Renorm])
-        guidance["renorm"] = Renorm(guidance["renorm"])
     if "interval" in guidance:
         guidance["interval"] = tuple(guidance["interval"])
     return replace(sampling, guidance=replace(sampling.guidance, **guidance), **asked)
