@@ -2,8 +2,10 @@
 
 import difflib
 import importlib
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 
@@ -39,3 +41,15 @@ def retold(message: str, *errors: type[Exception], kind: type[ValueError] = Valu
         yield
     except errors as error:
         raise kind(message.replace("{error}", str(error))) from None
+
+
+@contextmanager
+def spared(what: str) -> Iterator[None]:
+    """A disk that is full or read-only ends what is done inside and not the run; it is told once."""
+    try:
+        yield
+    except OSError as error:
+        _tell_once(f"{what}: {error.strerror or error}")
+
+
+_tell_once = cache(warnings.warn)

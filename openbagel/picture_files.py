@@ -191,10 +191,15 @@ def clip_writer(path: Path, fps: float) -> Callable[[Sequence[Image.Image]], Non
         raise ValueError(f"fps {fps} must be above 0 and at most 100")
     if write is _write_mp4:
         extra("av", "video", "writing MP4 files")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written; name a file in a folder of yours")
+    make_place(path, "a .gif or .mp4 file")
     return partial(write, path, fps)
+
+
+def make_place(path: Path, kind: str, *, fits: bool = True) -> None:
+    """Makes a file's folder. ValueError, or an OSError, where a file of its name could not be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not fits or path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written; name {kind} in a folder of yours")
 
 
 def _write_gif(path: Path, fps: float, frames: Sequence[Image.Image]) -> None:

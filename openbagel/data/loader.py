@@ -9,12 +9,9 @@ nor a sample depends on their number, and the cursor knows nothing of what is de
 
 import itertools
 import json
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from openbagel.checks import check_least
+from openbagel.checks import check_least, spared
 from openbagel.config import BagelConfig, to_json
 from openbagel.data.packing import Packing, Skipped, SkipReason, Stream, Supply, pair_cost
 from openbagel.data.samples import Dataset, Part, Sample, SampleId, decode, extent
@@ -69,18 +66,6 @@ class Batch:
     number: int
 
 
-tell_once = cache(warnings.warn)
-
-
-@contextmanager
-def spared(what: str) -> Iterator[None]:
-    """A disk that is full or read-only ends what is done inside and not the run; it is told once."""
-    try:
-        yield
-    except OSError as error:
-        tell_once(f"{what}: {error.strerror or error}")
-
-
 class BadRows:
     """Counts the rows that are left out since the start of this process; too many are an error.
 
@@ -89,10 +74,11 @@ class BadRows:
 
     def __init__(self, max_bad: float, quarantine: Path | None) -> None:
         self.max_bad, self.quarantine = max_bad, quarantine
-        self.seen = self.bad = self.listed = 0
+        self.seen = self.bad = 0
+        self.listed = 0
+        """Bytes of the quarantine file."""
         self.counts: Counter[tuple[str, str, str]] = Counter()
-        """By dataset, reason, and shard: what `where` says before its first comma. `listed` counts the bytes
-        of the quarantine file."""
+        """By dataset, reason, and shard: what `where` says before its first comma."""
         self._examples: dict[tuple[str, str, str], str] = {}
         self._long: Counter[str] = Counter()
 

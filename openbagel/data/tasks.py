@@ -101,7 +101,7 @@ class TaskSetting:
         """`count` frames of the row's video from first to last, else as many as the sampler says."""
         path = self.folder / _words(_field(row, "video"), "video")
         choose = partial(evenly, count) if count else partial(self.frames.indices, rng=self.rng)
-        with retold("field 'video': {error}", OSError, ValueError, kind=BadRow):
+        with retold("field 'video': {error}", ValueError, kind=BadRow):
             return video_frames(path, choose)
 
 
@@ -119,7 +119,7 @@ def picture_in(folder: Path, value: Any, name: str, *, whole: bool = False) -> P
     content = folder / content if isinstance(content, str | Path) else content
     if not isinstance(content, bytes | Path):
         raise BadRow(f"field {name!r} holds no picture but {_short(value)}; give its bytes or path")
-    with retold(f"field {name!r}: {{error}}", OSError, ValueError, kind=BadRow):
+    with retold(f"field {name!r}: {{error}}", ValueError, kind=BadRow):
         picture = Picture.of(content)
         if whole:
             picture.open()

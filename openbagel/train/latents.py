@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openbagel.checks import spared
 from openbagel.config import BagelConfig
-from openbagel.data.loader import spared
 from openbagel.data.samples import Pixels, Role, Sample
 from openbagel.flow import interpolate, shifted, velocity_target
 from openbagel.images import patchify

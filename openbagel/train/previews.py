@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from openbagel.data.loader import spared
+from openbagel.checks import spared
 from openbagel.inference.pipeline import Bagel
 from openbagel.picture_files import open_picture, save_picture
 from openbagel.weights import Checkpoint

@@ -315,5 +315,5 @@ class Trainer(Loop):
     def go_to(self, cursor: Cursor) -> None:
         self.loader.load_state_dict(cursor)
         self.tally["skipped_samples"] = cursor["skipped"] if self.ranks.is_first else 0
-        self.loader.bad_rows.listed = sum(cursor.get("listed", ())[self.ranks.rank :][:1])
+        self.loader.bad_rows.listed = dict(enumerate(cursor.get("listed", ()))).get(self.ranks.rank, 0)
         self.after, self.stream = self.loader.state_dict(), iter(self.loader)

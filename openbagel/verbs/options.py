@@ -3,8 +3,7 @@ output."""
 
 import argparse
 import dataclasses
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from openbagel.config import Sampling, adjusted
 from openbagel.flow import Renorm
 from openbagel.inference.pipeline import Bagel
-from openbagel.picture_files import save_picture
+from openbagel.picture_files import make_place, save_picture
 from openbagel.placement import OFFLOADS
 from openbagel.quantize import Precision
 from openbagel.weights import DTYPES
@@ -123,19 +122,26 @@ def progress(total: int, unit: str = "step") -> Iterator[tqdm]:
         yield bar
 
 
-def numbered(output: Path, count: int) -> list[Path]:
+def numbered(output: Path, count: int = 1, given: Sequence[str] = ()) -> list[Path]:
     """One path, or several: out-1.png, out-2.png …, or 1.png, 2.png … in a folder. Made before any work, so
-    that no picture is lost: ValueError, or an OSError, where none could be kept.
+    that no picture is lost: ValueError, or an OSError, where none could be kept, or one that was given would
+    be overwritten.
     """
+    if str(output) == "-":
+        raise ValueError("pictures are not written to standard output; name a file with -o")
     ends = [f"{i:0{len(str(count))}d}" for i in range(1, count + 1)]
     paths = [output.with_stem(f"{output.stem}-{n}") if output.suffix else output / f"{n}.png" for n in ends]
     paths = [output] if output.suffix and count == 1 else paths
     for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
         known = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
-        if not known or path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{path} cannot be written; name a .png or .jpg file in a folder of yours")
+        make_place(path, "a .png or .jpg file", fits=known)
+    check_apart(paths, given)
     return paths
+
+
+def check_apart(paths: Sequence[Path], given: Sequence[str]) -> None:
+    if taken := {path.resolve() for path in paths} & {Path(one).resolve() for one in given}:
+        raise ValueError(f"{taken.pop()} was given and would be overwritten; name another file with -o")
 
 
 def keep(picture: Image.Image, path: Path) -> None:

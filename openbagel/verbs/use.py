@@ -1,7 +1,6 @@
 """Verbs that use a model: draw, answer, edit, film, and a sheet of all."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,16 @@ from openbagel.checks import retold
 from openbagel.demo import sheet
 from openbagel.inference.events import Event, Preview, Text, Thought
 from openbagel.picture_files import clip_writer, read_frames
-from openbagel.verbs.options import ModelOptions, SamplingOptions, keep, numbered, option, progress, size_of
+from openbagel.verbs.options import (
+    ModelOptions,
+    SamplingOptions,
+    check_apart,
+    keep,
+    numbered,
+    option,
+    progress,
+    size_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +34,7 @@ class Generate(ModelOptions, SamplingOptions):
 
     def run(self) -> None:
         prompts = [prompt for prompt in self._prompts() for _ in range(self.num)]
-        paths = places(self.output, len(prompts))
+        paths = numbered(self.output, len(prompts))
         bagel = self.load()
         sampling = self.over(bagel.config.settings.draw)
         with progress(len(prompts) * (sampling.num_timesteps - 1)) as bar:
@@ -81,7 +89,7 @@ class Edit(ModelOptions, SamplingOptions):
         *images, instruction = self.parts
         if not images:
             raise ValueError("nothing to edit: give at least one picture file before the instruction")
-        (path,) = places(self.output, given=images)
+        (path,) = numbered(self.output, given=images)
         bagel = self.load()
         sampling = self.over(bagel.config.settings.edit)
         with progress(sampling.num_timesteps - 1) as bar:
@@ -133,27 +141,13 @@ class Demo(ModelOptions):
     output: Path = option("the PNG file; a clip is put beside it", Path("demo/sheet.png"), short="-o")
 
     def run(self) -> None:
-        (path,) = places(self.output)
+        (path,) = numbered(self.output)
         picture, clip = sheet(self.load(), report=lambda line: print(line, flush=True))
         keep(picture, path)
         if clip:
             beside = path.with_name("clip.gif")
             clip_writer(beside, fps=4.0)(clip)
             print(beside)
-
-
-def places(output: Path, count: int = 1, given: Sequence[str] = ()) -> list[Path]:
-    """As `numbered`; ValueError for standard output too, and for a file that was given."""
-    if str(output) == "-":
-        raise ValueError("pictures are not written to standard output; name a file with -o")
-    paths = numbered(output, count)
-    check_apart(paths, given)
-    return paths
-
-
-def check_apart(paths: Sequence[Path], given: Sequence[str]) -> None:
-    if taken := {path.resolve() for path in paths} & {Path(one).resolve() for one in given}:
-        raise ValueError(f"{taken.pop()} was given and would be overwritten; name another file with -o")
 
 
 class Speaker:

@@ -268,18 +268,21 @@ def test_tensorboard_can_be_read_back(tmp_path: Path):
     assert "mfu" not in events.Tags()["scalars"]
 
 
+def run_code(code: str, folder: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; from pathlib import Path; from tests.train.test_metrics import *; {code}"
+    command = [sys.executable, "-c", code, folder]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=env)
+
+
 @pytest.mark.slow
 def test_wandb_runs_offline(tmp_path: Path):
     pytest.importorskip("wandb")
     code = (
-        "import sys; from pathlib import Path; from tests.train.test_metrics import *; "
         "track = Track(log_every=1, wandb_project='bagel', wandb_offline=True)\n"
         "with Metrics(Path(sys.argv[1]), track=track, total_steps=2) as metrics:\n"
         "    metrics.step(record(0)); metrics.step(record(1))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = run_code(code, tmp_path)
     assert done.returncode == 0, done.stderr
     (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-run-run0.wandb")
     assert stored.stat().st_size > 0
@@ -288,14 +291,10 @@ def test_wandb_runs_offline(tmp_path: Path):
 @pytest.mark.slow
 def test_wandb_without_a_key_is_told(tmp_path: Path):
     pytest.importorskip("wandb")
-    code = (
-        "import sys; from pathlib import Path; from tests.train.test_metrics import *; "
-        "Metrics(Path(sys.argv[1]), track=Track(wandb_project='bagel'), total_steps=2)"
-    )
     bare = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     bare |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    command = [sys.executable, "-c", code, tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=bare)
+    code = "Metrics(Path(sys.argv[1]), track=Track(wandb_project='bagel'), total_steps=2)"
+    done = run_code(code, tmp_path, bare)
     assert "ValueError: Weights & Biases does not begin" in done.stderr, done.stderr
     assert "track.wandb_offline=true" in done.stderr.splitlines()[-1]
 
