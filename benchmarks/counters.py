@@ -143,7 +143,7 @@ def drawn(
     """A drawing's latents, and the passes that it took."""
     before = rig.engine.passes
     sampling = Sampling(guidance=guidance, num_timesteps=num_timesteps, timestep_shift=3.0)
-    latents = rig.engine.drive(denoise(branches, rig.noise(side), (side, side), sampling))
+    latents = rig.engine.drive(denoise(branches, rig.noise(side), (side, side), sampling, torch.Generator()))
     return latents, rig.engine.passes - before
 
 

@@ -109,8 +109,10 @@ class VAEConfig:
 class Sampling:
     """Everything a caller may choose about one request. Lengths in tokens; temperature 0 is greedy.
 
-    num_timesteps counts schedule points, so num_timesteps - 1 steps run. taylorseer forecasts two of three
-    steps after the first five (approximate, about twice as fast).
+    num_timesteps counts schedule points, so num_timesteps - 1 steps run. eta is how much of the noise every
+    step draws anew: 0 is Euler's way, as published; 1 keeps none, so that later steps can mend what earlier
+    ones got wrong. taylorseer forecasts two of three steps after the first five (approximate, about twice as
+    fast).
     """
 
     max_tokens: int = 512
@@ -121,6 +123,7 @@ class Sampling:
     guidance: Guidance = field(default_factory=Guidance)
     num_timesteps: int = 50
     timestep_shift: float = 3.0
+    eta: float = 0.0
     taylorseer: bool = False
     tiled_vae: bool = False
     """Encode and decode large pictures in overlapping tiles: bounded memory, approximate."""
@@ -133,6 +136,10 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p} must lie in (0, 1]")
         if not 0 < self.timestep_shift < math.inf:
             raise ValueError(f"timestep_shift {self.timestep_shift} must be finite and above 0")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta {self.eta} must lie in [0, 1]: the share of the noise that is drawn anew")
+        if self.eta and self.taylorseer:
+            raise ValueError("taylorseer forecasts a smooth way, and new noise leaves none: set eta to 0")
 
 
 GUIDANCE_OPTIONS = {
@@ -146,11 +153,15 @@ GUIDANCE_OPTIONS = {
 
 
 def adjusted(sampling: Sampling, options: Mapping[str, Any]) -> Sampling:
-    """A sampling with what was asked for; None leaves a value as it is. ValueError for unknown names."""
+    """A sampling with what was asked for; None leaves a value as it is, but that taylorseer takes eta 0.
+    ValueError for unknown names.
+    """
     fields = [f.name for f in dataclasses.fields(Sampling) if f.name != "guidance"]
     asked = {name: value for name, value in options.items() if value is not None}
     for name in asked:
         check_choice("option", name, [*fields, *GUIDANCE_OPTIONS])
+    if asked.get("taylorseer"):
+        asked = {"eta": 0.0, **asked}
     guidance = {field: asked.pop(name) for name, field in GUIDANCE_OPTIONS.items() if name in asked}
     if "interval" in guidance:
         guidance["interval"] = tuple(guidance["interval"])
@@ -284,9 +295,10 @@ def bagel_0_5b() -> BagelConfig:
 def nano(vocab_size: int) -> BagelConfig:
     """The model that ships with the package: 64x64 pictures of 16 latent and 16 ViT tokens."""
     limits = ImageLimits(max_size=128, min_size=32, stride=16)
-    drawn = Sampling(max_think_tokens=96, num_timesteps=25, guidance=Guidance(3.0, interval=(0.0, 1.0)))
-    edited = replace(drawn, guidance=replace(drawn.guidance, text=2.0))
-    filmed = replace(drawn, num_timesteps=13, guidance=replace(drawn.guidance, image=2.0))
+    always = Guidance(2.5, interval=(0.0, 1.0))
+    drawn = Sampling(max_think_tokens=96, num_timesteps=49, timestep_shift=4.0, eta=1.0, guidance=always)
+    filmed = replace(drawn, num_timesteps=25, guidance=replace(always, text=3.0, image=2.0))
+    edited = replace(drawn, num_timesteps=25, timestep_shift=3.0, guidance=replace(always, text=1.5))
     asked = Sampling(max_tokens=64, max_think_tokens=96)
     settings = replace(official_settings(), draw=drawn, edit=edited, ask=asked, film=filmed)
     settings = replace(settings, video_group=1, video_window=3)

@@ -97,6 +97,15 @@ def euler(x: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:
     return x - velocity * (torch.tensor(t) - torch.tensor(t_next)).item()
 
 
+def renoised(x: Tensor, velocity: Tensor, times: tuple[float, float], noise: Tensor, eta: float) -> Tensor:
+    """One step from t down to t_next in which noise takes the place of a part of what the velocity says is
+    noise in x; eta in [0, 1], 0 is `euler`. The mixture has variance 1, as DDIM's (arXiv 2010.02502, 12).
+    """
+    t, t_next = times
+    x0, old = euler(x, velocity, t, 0.0), euler(x, velocity, t, 1.0)
+    return interpolate(x0, math.sqrt(1 - eta**2) * old + eta * noise, t_next)
+
+
 def guide(guidance: Guidance, cond: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
     """Combines the velocities of one picture's branches: float[N, C] each.
 

@@ -220,7 +220,7 @@ def request(config: BagelConfig, work: Work, device: str = "meta") -> Request[ob
     branches = Branches.of(context)
     yield from branches.hear([*([VaeImage.clean(noise, grid), look] for look in looks), [text]])
     sampling = config.settings.draw if work.task == "draw" else config.settings.edit
-    yield from denoise(branches, noise, grid, replace(sampling, num_timesteps=2))
+    yield from denoise(branches, noise, grid, replace(sampling, num_timesteps=2), torch.Generator())
     return branches
 
 

@@ -27,6 +27,7 @@ SAMPLING = {
     "--top-k",
     "--num-timesteps",
     "--timestep-shift",
+    "--eta",
     "--taylorseer",
     "--tiled-vae",
     "--negative-prompt",

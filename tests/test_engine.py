@@ -40,7 +40,7 @@ def draw(
     noise = draw_noise(grid, CHANNELS, torch.Generator().manual_seed(seed))
     branches = Branches.of(Context(tiny.config().llm))
     yield from branches.hear(parts)
-    return (yield from denoise(branches, noise, grid, sampling))
+    return (yield from denoise(branches, noise, grid, sampling, torch.Generator().manual_seed(seed)))
 
 
 def say(*parts: list[Segment], temperature: float = 0.0) -> Request[tuple[int, ...]]:
@@ -88,6 +88,7 @@ def mixed_requests() -> list[Request[Any]]:
         draw(PROMPT, sampling=replace(FAST, num_timesteps=9), seed=1),
         say(PROMPT, temperature=1.5),
         draw(PROMPT, PROMPT, sampling=replace(seer, num_timesteps=12), grid=(3, 1), seed=2),
+        draw(PICTURE, PROMPT, sampling=replace(FAST, eta=0.7), seed=3),
     ]
 
 
@@ -106,6 +107,17 @@ def test_packing_together_changes_rounding_only(engine: Engine) -> None:
     together = engine.drive_all(mixed_requests())
     for a, b in zip(alone, together, strict=True):
         assert close(b, a) if isinstance(a, Tensor) else a == b
+
+
+def test_noise_on_the_way_is_the_generators(engine: Engine) -> None:
+    """From one noise: the seed decides, the first step's velocity is the same, and the last adds no noise."""
+    stochastic = replace(FAST, eta=1.0)
+    first, again, other = (engine.drive(draw(PROMPT, sampling=stochastic, seed=seed)) for seed in (4, 4, 5))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    two = replace(FAST, num_timesteps=2)
+    ways = [engine.drive(draw(PROMPT, sampling=replace(two, eta=eta))) for eta in (0.0, 1.0)]
+    torch.testing.assert_close(*ways)
 
 
 def test_results_come_in_the_order_of_rows(engine: Engine) -> None:
@@ -188,7 +200,7 @@ def guided(
         branches.cond.lineage, branches.text.lineage, branches.image.lineage = "c", "t", "i"
     before = engine.passes
     noise = draw_noise(GRID, CHANNELS, torch.Generator().manual_seed(0))
-    latents = row_by_row(engine, denoise(branches, noise, GRID, sampling))
+    latents = row_by_row(engine, denoise(branches, noise, GRID, sampling, torch.Generator()))
     return latents, engine.passes - before
 
 

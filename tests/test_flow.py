@@ -13,6 +13,7 @@ from openbagel.flow import (
     euler,
     guide,
     interpolate,
+    renoised,
     schedule,
     shifted,
     velocity_target,
@@ -61,6 +62,18 @@ def test_true_velocity_leads_from_noise_to_the_picture(points: int) -> None:
         torch.testing.assert_close(x, interpolate(x0, noise, t), rtol=1e-4, atol=1e-5)
         x = euler(x, velocity_target(x0, noise), t, t_next)
     torch.testing.assert_close(x, x0, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_new_noise_takes_the_place_of_old(eta: float) -> None:
+    x0, noise, fresh = draw(4, 8, seed=3), draw(4, 8, seed=4), draw(4, 8, seed=5)
+    x, velocity = interpolate(x0, noise, 0.9), velocity_target(x0, noise)
+    mixed = (1 - eta**2) ** 0.5 * noise + eta * fresh
+    step = renoised(x, velocity, (0.9, 0.6), fresh, eta)
+    torch.testing.assert_close(step, interpolate(x0, mixed, 0.6), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(renoised(x, velocity, (0.9, 0.0), fresh, eta), x0, rtol=1e-4, atol=1e-5)
+    if not eta:
+        torch.testing.assert_close(step, euler(x, velocity, 0.9, 0.6))
 
 
 def test_interval_is_open_below_and_tested_in_float32() -> None:

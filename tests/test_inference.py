@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from openbagel import Bagel, Guidance
-from openbagel.config import Sampling, from_json, to_json
+from openbagel.config import Sampling, adjusted, from_json, to_json
 from openbagel.hub import find_model
 from openbagel.inference import events
 from openbagel.inference.pipeline import Answer
@@ -324,12 +324,26 @@ def test_unknown_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"top_k": -1}, {"temperature": -1.0}, {"temperature": float("nan")}, {"timestep_shift": 0.0}],
+    [
+        {"top_k": -1},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"timestep_shift": 0.0},
+        {"eta": 1.5},
+        {"eta": 0.5, "taylorseer": True},
+    ],
     ids=lambda wrong: str(wrong),
 )
 def test_impossible_sampling_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         Sampling(**wrong)
+
+
+def test_forecasts_go_without_new_noise() -> None:
+    own = Sampling(eta=1.0)
+    assert adjusted(own, {"taylorseer": True}) == Sampling(taylorseer=True)
+    with pytest.raises(ValueError, match="set eta to 0"):
+        adjusted(own, {"taylorseer": True, "eta": 0.5})
 
 
 def test_sampling_survives_json() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from openbagel.config import Sampling
-from openbagel.flow import Guidance, euler, guide, schedule
+from openbagel.flow import Guidance, euler, guide, renoised, schedule
 from openbagel.inference import events
 from openbagel.inference.accelerate import TaylorSeer
 from openbagel.inference.context import Context
@@ -87,9 +87,11 @@ class Branches:
         return results[0].output, self.cond.fork() if alike else other
 
 
-def denoise(branches: Branches, noise: Tensor, grid: tuple[int, int], sampling: Sampling) -> Request[Tensor]:
+def denoise(
+    branches: Branches, noise: Tensor, grid: tuple[int, int], sampling: Sampling, generator: torch.Generator
+) -> Request[Tensor]:
     """Draws one picture, or the frames of one group together: from noise float32[h·w, C], or
-    float32[frames, h·w, C], to clean latent tokens of the same shape.
+    float32[frames, h·w, C], to clean latent tokens of the same shape. generator: of the noise on the way.
     """
     guidance = sampling.guidance
     _warn_without_effect(branches, guidance)
@@ -119,7 +121,11 @@ def denoise(branches: Branches, noise: Tensor, grid: tuple[int, int], sampling: 
         velocities = [output.reshape(x.shape) for output in outputs if output is not None]
         velocity = _combined(guidance, velocities)
         yield events.Preview(step, len(times) - 1, euler(x, velocity, t, 0.0), grid)
-        x = euler(x, velocity, t, t_next)
+        if sampling.eta:
+            fresh = torch.randn(x.shape, generator=generator).to(x.device)
+            x = renoised(x, velocity, (t, t_next), fresh, sampling.eta)
+        else:
+            x = euler(x, velocity, t, t_next)
     return x
 
 

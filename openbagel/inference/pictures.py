@@ -113,7 +113,8 @@ class Brush:
         noise = torch.stack(drawn) if frames > 1 else drawn[0]
         if self.negative is not None:
             branches = yield from branches.avoiding(self.negative)
-        latents = yield from denoise(branches, noise.to(self.device), self.grid, self.sampling)
+        noise = noise.to(self.device)
+        latents = yield from denoise(branches, noise, self.grid, self.sampling, self.generator)
         tokens = list(latents if frames > 1 else latents[None])
         pictures = [self.codec.decode(one, self.grid, tiled=self.sampling.tiled_vae) for one in tokens]
         settings, seed = json.dumps(to_json(self.sampling)), self.generator.initial_seed()

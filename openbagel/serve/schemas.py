@@ -14,8 +14,8 @@ from openbagel.flow import Renorm
 Count = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, Field(ge=0, le=100)]
 RENAMED = {"guidance_scale": "text_guidance", "image_guidance_scale": "image_guidance"}
-SAMPLED = {*RENAMED, "guidance_interval", "renorm", "renorm_min", "timestep_shift", "taylorseer"}
-SAMPLED |= {"negative_prompt", "temperature", "top_p", "top_k"}
+SAMPLED = {*RENAMED, "guidance_interval", "renorm", "renorm_min", "timestep_shift", "eta"}
+SAMPLED |= {"taylorseer", "negative_prompt", "temperature", "top_p", "top_k"}
 """The fields that are options of `openbagel.config.adjusted`, two of them under another name."""
 
 
@@ -49,6 +49,7 @@ class Options(BaseModel):
     renorm: Renorm | None = None
     renorm_min: float | None = None
     timestep_shift: float | None = Field(None, gt=0, le=100)
+    eta: float | None = Field(None, ge=0, le=1)
     taylorseer: bool | None = None
 
     @model_validator(mode="before")

@@ -98,6 +98,7 @@ class SamplingOptions:
     top_k: int | None = option("keep so many of the likeliest tokens")
     num_timesteps: int | None = option("schedule points; one step fewer is made")
     timestep_shift: float | None = option("above 1: more steps where there is much noise")
+    eta: float | None = option("share of the noise drawn anew at every step, 0 to 1; 0 is Euler's way")
     taylorseer: bool | None = option("forecast two of three steps (approximate)")
     tiled_vae: bool | None = option("run the autoencoder in tiles: less memory for large pictures")
     negative_prompt: str | None = option("what a picture should not show")

@@ -1,7 +1,7 @@
 """Scores one model under other options: `python recipes/ablations/inference.py [MODEL]`, nano by default.
 
-Guidance, renormalisation and the number of steps on pictures, thinking on what asks for a thought. What is
-scored already is not repeated; `results/inference.json` beside it has it all.
+Guidance, renormalisation, the number of steps and the share of new noise on pictures, thinking on what asks
+for a thought. What is scored already is not repeated; `results/inference.json` beside it has it all.
 """
 
 import json
@@ -21,20 +21,27 @@ OUTPUT = Path(__file__).parent / "results" / "inference.json"
 PICTURES = Plan(kinds=("draw_one", "draw_two", "edit_recolour"), samples=100)
 THOUGHTS = Plan(kinds=("think_draw", "think_edit", "think_ask"), samples=50)
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
-POINTS = (3, 5, 9, 13, 25)
+STEPS = (2, 4, 8, 12, 24, 48, 96)
+ETAS = (0.0, 0.5, 0.8, 1.0)
+POINTS = 25
+"""Of the schedule, where they are not what is varied."""
 
 
 def settings(bagel: Bagel) -> Iterator[tuple[str, Bagel, Plan]]:
     """(name, the model with other options, what is scored)."""
-    default = bagel.config.settings.draw
+    default = replace(bagel.config.settings.draw, num_timesteps=POINTS)
     guidances = {f"guidance {scale:g}": {"text": scale} for scale in SCALES}
     guidances |= {f"renorm {kind}": {"renorm": kind} for kind in Renorm}
     guidances |= {"renorm off": {"renorm_min": 1.0}, "interval 0.4 to 1": {"interval": (0.4, 1.0)}}
     for name, change in guidances.items():
         sampling = replace(default, guidance=replace(default.guidance, **change))
         yield name, bagel.using(sampling), PICTURES
-    for points in POINTS:
-        yield f"{points - 1} steps", bagel.using(replace(default, num_timesteps=points)), PICTURES
+    for eta in ETAS:
+        yield f"eta {eta:g}", bagel.using(replace(default, eta=eta)), PICTURES
+    for steps in STEPS:
+        for eta in (1.0, 0.0):
+            sampling = replace(default, num_timesteps=steps + 1, eta=eta)
+            yield f"{steps} steps{'' if eta else ', eta 0'}", bagel.using(sampling), PICTURES
     for think in (False, True):
         yield f"thinking {'on' if think else 'off'}", bagel, replace(THOUGHTS, think=think)
 

@@ -78,16 +78,18 @@ def main() -> None:
     figure.savefig(FIGURES / "training.png", dpi=90)
 
     figure = Figure(figsize=(13, 7), layout="constrained")
-    panels = figure.subplots(2, 2).flat
+    panels = figure.subplots(2, 3).flat
     pictures, thoughts = ("draw_one", "draw_two", "edit_recolour"), ("think_draw", "think_edit", "think_ask")
-    for title, start, kinds in (
-        ("text guidance", "guidance ", pictures),
-        ("renormalisation", "renorm ", pictures),
-        ("steps", "", pictures),
-        ("thinking", "thinking ", thoughts),
+    for title, start, end, kinds in (
+        ("text guidance", "guidance ", "", pictures),
+        ("renormalisation", "renorm ", "", pictures),
+        ("thinking", "thinking ", "", thoughts),
+        ("share of the noise drawn anew, 24 steps", "eta ", "", pictures),
+        ("steps, all noise drawn anew", "", " steps", pictures),
+        ("steps, none drawn anew", "", " steps, eta 0", pictures),
     ):
-        names = {name: name.removeprefix(start) for name in asked if name.startswith(start) and start}
-        names = names or {name: name.removesuffix(" steps") for name in asked if name.endswith(" steps")}
+        found = [name for name in asked if name.startswith(start) and name.endswith(end)]
+        names = {name: name.removeprefix(start).removesuffix(end) for name in found}
         scores(next(panels), asked, names, title, kinds)
     figure.savefig(FIGURES / "inference.png", dpi=90)
 
