@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from openbagel.config import BagelConfig, bagel_0_5b, bagel_1_5b, bagel_7b
 from openbagel.inference.context import Context
-from openbagel.inference.engine import Engine, Forward, Read, Request, Row
+from openbagel.inference.engine import Engine, Forward, Read, Request, Row, in_pieces, take_in
 from openbagel.inference.image import Branches, denoise
 from openbagel.model.bagel import BagelModel
 from openbagel.model.vae import AutoEncoder
@@ -209,16 +209,16 @@ def request(config: BagelConfig, work: Work, device: str = "meta") -> Request[ob
     width, height = config.settings.vit_limits.fit(*reversed(work.size))
     shown = work.pictures if work.task != "draw" else 0
     looks = [VitImage(torch.zeros(3, height, width, device=device)) for _ in range(shown)]
-    text, context = Text((0,) * (work.text - 2)), Context(config.llm)
+    text, context = in_pieces((0,) * work.text), Context(config.llm)
     if work.task == "ask":
-        yield Forward((Row(context, (*looks, text), keep=True),))
+        yield from take_in([context], [*looks, *text])
         context.reserve(work.answer + 2)
         yield Forward((Row(context, (Text((0,), bare=True),), keep=True, read=Read.LOGITS),))
         return context
     grid = work.size[0] // config.latent_stride, work.size[1] // config.latent_stride
     noise = torch.zeros(grid[0] * grid[1], config.latent_channels, device=device)
     branches = Branches.of(context)
-    yield from branches.hear([*([VaeImage.clean(noise, grid), look] for look in looks), [text]])
+    yield from branches.hear([*([VaeImage.clean(noise, grid), look] for look in looks), text])
     sampling = config.settings.draw if work.task == "draw" else config.settings.edit
     yield from denoise(branches, noise, grid, replace(sampling, num_timesteps=2), torch.Generator())
     return branches

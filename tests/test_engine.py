@@ -15,7 +15,7 @@ from openbagel.flow import OFFICIAL_APP, Guidance
 from openbagel.inference import events
 from openbagel.inference.accelerate import TaylorSeer
 from openbagel.inference.context import Context
-from openbagel.inference.engine import Engine, Forward, Read, Request, Result, Row, advance
+from openbagel.inference.engine import Engine, Forward, Read, Request, Result, Row, advance, in_pieces
 from openbagel.inference.image import Branches, denoise, draw_noise
 from openbagel.inference.text import write
 from openbagel.sequence import Segment, Text, VaeImage
@@ -118,6 +118,29 @@ def test_noise_on_the_way_is_the_generators(engine: Engine) -> None:
     two = replace(FAST, num_timesteps=2)
     ways = [engine.drive(draw(PROMPT, sampling=replace(two, eta=eta))) for eta in (0.0, 1.0)]
     torch.testing.assert_close(*ways)
+
+
+def test_long_texts_are_taken_in_piece_by_piece(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same past as in one pass; pictures are not cut, and what is read comes after the last piece."""
+    codec, ids = tiny.codec(), tuple(range(5, 16))
+    marked = (codec.start, *ids, codec.end)
+    once, again = (Branches.of(Context(tiny.config().llm)) for _ in range(2))
+    expected = engine.drive(once.hear([PICTURE, [Text(ids)]], Read.LOGITS))
+    monkeypatch.setattr("openbagel.inference.engine.PIECE", 4)
+    pieces: list[Segment] = [*in_pieces(marked)]
+    assert [len(piece.ids) for piece in in_pieces(marked)] == [4, 4, 4, 1]
+    request, sizes, results = again.hear([PICTURE, pieces], Read.LOGITS), list[int](), None
+    with pytest.raises(StopIteration) as end:
+        while True:
+            forward = advance(request, results)
+            assert not forward.is_light or forward.size == 2
+            sizes.append(forward.size)
+            (results,) = engine.step([forward])
+    output = end.value.value
+    assert sizes == [4, *(2 * len(piece.ids) for piece in in_pieces(marked))]  # cond and image hear texts
+    assert output is not None and expected is not None and close(output, expected)
+    for one, other in ((once.cond, again.cond), (once.text, again.text), (once.image, again.image)):
+        assert (len(one), one.position) == (len(other), other.position)
 
 
 def test_results_come_in_the_order_of_rows(engine: Engine) -> None:

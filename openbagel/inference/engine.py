@@ -13,7 +13,7 @@ Closing a request's generator cancels it.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TypeVar
 
@@ -26,6 +26,8 @@ from openbagel.model.bagel import BagelModel
 from openbagel.sequence import PackedSequence, Packer, Segment, Text, VaeImage
 
 T = TypeVar("T")
+PIECE = 1024
+"""Tokens of text that one forward takes in: between them other requests have their turns."""
 
 
 class Read(Enum):
@@ -67,7 +69,7 @@ class Forward:
     @property
     def is_light(self) -> bool:
         """Whether it is one token of a text, or its end."""
-        return all(isinstance(s, Text) and s.bare for row in self.rows for s in row.segments)
+        return all(isinstance(s, Text) and len(s.ids) <= 2 for row in self.rows for s in row.segments)
 
     @property
     def size(self) -> int:
@@ -76,6 +78,32 @@ class Forward:
 
 
 Request = Generator[Forward | Event, tuple[Result, ...], T]
+
+
+def in_pieces(ids: Sequence[int]) -> list[Text]:
+    """One text, its markers among the ids, as texts that `take_in` takes in one by one."""
+    return [Text(tuple(ids[first : first + PIECE]), bare=True) for first in range(0, len(ids), PIECE)]
+
+
+def take_in(
+    contexts: Sequence[Context], segments: Sequence[Segment], read: Read = Read.NOTHING
+) -> Request[Tensor | None]:
+    """Adds segments to each context, at most a `PIECE` of text at a time; what is read from the first one in
+    the end.
+    """
+    groups, room = list[list[Segment]](), 0
+    for segment in segments:
+        size = len(segment.ids) if isinstance(segment, Text) else 0
+        if not groups or size > room:
+            groups, room = [*groups, []], PIECE
+        groups[-1].append(segment)
+        room -= size
+    output = None
+    for number, group in enumerate(groups, 1):
+        rows = [Row(context, tuple(group), keep=True) for context in contexts]
+        rows[0] = replace(rows[0], read=read if number == len(groups) else Read.NOTHING)
+        output = (yield Forward(tuple(rows)))[0].output
+    return output
 
 
 class Engine:

@@ -22,7 +22,7 @@ from openbagel.flow import Guidance, euler, guide, renoised, schedule
 from openbagel.inference import events
 from openbagel.inference.accelerate import TaylorSeer
 from openbagel.inference.context import Context
-from openbagel.inference.engine import Forward, Read, Request, Result, Row
+from openbagel.inference.engine import Forward, Read, Request, Result, Row, take_in
 from openbagel.sequence import Frame, Segment, Text, VaeImage
 
 
@@ -39,7 +39,8 @@ class Branches:
         return cls(start, start.fork(), start.fork())
 
     def hear(self, parts: Sequence[Sequence[Segment]], read: Read = Read.NOTHING) -> Request[Tensor | None]:
-        """Takes in parts in order, each one text or the segments of one picture or group of frames.
+        """Takes in parts in order, each one text (or its pieces), or the segments of one picture or group of
+        frames.
 
         The text branch lags behind: it is what cond was before the last text, or all of it after a picture.
         Returns what is read after the last part.
@@ -54,10 +55,10 @@ class Branches:
                 output, self.text = yield from self._take_in(part, self.cond, reading)
         return output
 
-    def avoiding(self, text: Text) -> Request["Branches"]:
+    def avoiding(self, text: Sequence[Text]) -> Request["Branches"]:
         """The same for one picture that shall not show what a text says."""
         negative = self.text.fork()
-        yield Forward((Row(negative, (text,), keep=True),))
+        yield from take_in([negative], text)
         return replace(self, text=negative)
 
     def filmed(self, part: Sequence[Segment]) -> Request[None]:
@@ -70,7 +71,7 @@ class Branches:
         if self.image.lineage == before.lineage:
             self.image = self.cond.fork()
         else:
-            yield Forward((Row(self.image, (text,), keep=True),))
+            yield from take_in([self.image], [text])
 
     def _take_in(
         self, part: Sequence[Segment], other: Context, read: Read = Read.NOTHING
@@ -80,11 +81,8 @@ class Branches:
         Returns what is read from cond, and the other branch.
         """
         alike = other.lineage == self.cond.lineage
-        rows = [Row(self.cond, tuple(part), keep=True, read=read)]
-        if not alike:
-            rows.append(Row(other, tuple(part), keep=True))
-        results = yield Forward(tuple(rows))
-        return results[0].output, self.cond.fork() if alike else other
+        output = yield from take_in([self.cond] if alike else [self.cond, other], part, read)
+        return output, self.cond.fork() if alike else other
 
 
 def denoise(

@@ -102,7 +102,7 @@ class Brush:
     sampling: Sampling
     generator: torch.Generator
     device: torch.device
-    negative: Text | None = None
+    negative: Sequence[Text] = ()
 
     def draw(
         self, branches: Branches, frames: int = 1, *, thought: str | None = None
@@ -111,7 +111,7 @@ class Brush:
         channels = self.codec.config.latent_channels
         drawn = [draw_noise(self.grid, channels, self.generator) for _ in range(frames)]
         noise = torch.stack(drawn) if frames > 1 else drawn[0]
-        if self.negative is not None:
+        if self.negative:
             branches = yield from branches.avoiding(self.negative)
         noise = noise.to(self.device)
         latents = yield from denoise(branches, noise, self.grid, self.sampling, self.generator)

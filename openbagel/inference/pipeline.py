@@ -17,7 +17,7 @@ from openbagel.flow import Guidance
 from openbagel.hub import find_model
 from openbagel.inference import events
 from openbagel.inference.context import Context
-from openbagel.inference.engine import Engine, Forward, Request, Row
+from openbagel.inference.engine import Engine, Request, in_pieces, take_in
 from openbagel.inference.image import Branches
 from openbagel.inference.interleave import interleave
 from openbagel.inference.pictures import Brush, PictureCodec, clips
@@ -280,18 +280,14 @@ class Bagel:
     def write_request(self, parts: Sequence[Part], *, seed: int, think: bool) -> Request[Answer]:
         """A request that takes in parts and writes an answer."""
         sampling = self.config.settings.ask
-        heard = [
-            self._said(part) if isinstance(part, str) else self.pictures.look(part)
-            for part in self._opened(parts)
-        ]
-        if think:
-            heard.insert(0, self._said(THINK_BEFORE_ANSWERING))
+        heard: list[Segment] = [*self._said(THINK_BEFORE_ANSWERING)] if think else []
+        for part in self._opened(parts):
+            heard += self._said(part) if isinstance(part, str) else [self.pictures.look(part)]
         generator = seeded(seed)
 
         def request() -> Request[Answer]:
             context = Context(self.config.llm)
-            if heard:
-                yield Forward((Row(context, tuple(heard), keep=True),))
+            yield from take_in([context], heard)
             budget = sampling.max_tokens + (sampling.max_think_tokens if think else 0)
             ids = yield from write(
                 context, self.codec, sampling=sampling, max_tokens=budget, generator=generator, thinking=think
@@ -408,23 +404,23 @@ class Bagel:
         """A brush for pictures of a size, else of the last picture's, else of the model's own."""
         sizes = [self.config.settings.size, *((p.height, p.width) for p in parts if not isinstance(p, str))]
         grid = self.pictures.grid_of(sizes[-1] if size is None else size)
-        negative = self._said(sampling.negative_prompt) if sampling.negative_prompt else None
+        negative = self._said(sampling.negative_prompt) if sampling.negative_prompt else ()
         return Brush(self.pictures, grid, sampling, seeded(seed), self.engine.device, negative)
 
     def _heard(
         self, parts: Sequence[str | Image.Image | list[Image.Image]], brush: Brush, think: bool = False
     ) -> list[list[Segment]]:
         """What drawing takes in: texts, and the segments of each picture or clip."""
-        heard: list[list[Segment]] = [[self._said(THINK_BEFORE_DRAWING)]] if think else []
+        heard: list[list[Segment]] = [[*self._said(THINK_BEFORE_DRAWING)]] if think else []
         for part in parts:
             if isinstance(part, str):
-                heard.append([self._said(part)])
+                heard.append([*self._said(part)])
             else:
                 heard.append(brush.shown(part if isinstance(part, list) else [part]))
         return heard
 
-    def _said(self, text: str) -> Text:
-        return Text(self.codec.encode(text))
+    def _said(self, text: str) -> list[Text]:
+        return in_pieces((self.codec.start, *self.codec.encode(text), self.codec.end))
 
     def _sampling(self, parts: Sequence[Part]) -> Sampling:
         """Of a drawing where only texts are heard, else of an edit."""

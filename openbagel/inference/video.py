@@ -57,4 +57,5 @@ def _latest(heard: Heard, window: int) -> tuple[list[list[Segment]], list[Segmen
     frames = [frame for image in segments if isinstance(image, VaeImage) for frame in image.frames][-window:]
     looks = [segment for segment in segments if isinstance(segment, VitImage)][-window:]
     clip = VaeImage(frames_of([frame.tokens for frame in frames], frames[-1].grid)) if frames else None
-    return [[s] for s in segments if isinstance(s, Text)], [clip, *looks] if clip else []
+    texts = [[*part] for part in heard if all(isinstance(segment, Text) for segment in part)]
+    return texts, [clip, *looks] if clip else []
