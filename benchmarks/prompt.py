@@ -2,7 +2,7 @@
 
     python -m benchmarks.prompt --model nano --tokens 2000 4000 8000
 
-One core, wall time of the forwards of one prompt: all of them, and the longest, which is what others wait for.
+One core, wall time of the forwards of one prompt: all of them, and the longest, which others wait for.
 """
 
 import argparse
