@@ -17,7 +17,7 @@ from openbagel.flow import Guidance
 from openbagel.hub import find_model
 from openbagel.inference import events
 from openbagel.inference.context import Context
-from openbagel.inference.engine import Engine, Request, in_pieces, take_in
+from openbagel.inference.engine import PIECE, Engine, Request, in_pieces, take_in
 from openbagel.inference.image import Branches
 from openbagel.inference.interleave import interleave
 from openbagel.inference.pictures import Brush, PictureCodec, clips
@@ -420,7 +420,9 @@ class Bagel:
         return heard
 
     def _said(self, text: str) -> list[Text]:
-        return in_pieces((self.codec.start, *self.codec.encode(text), self.codec.end))
+        ids = tuple(self.codec.encode(text))
+        marked = self.codec.start, *ids, self.codec.end
+        return [Text(ids)] if len(marked) <= PIECE else in_pieces(marked)
 
     def _sampling(self, parts: Sequence[Part]) -> Sampling:
         """Of a drawing where only texts are heard, else of an edit."""
