@@ -163,7 +163,7 @@ def _faults(dataset: Examined, config: BagelConfig, options: Examination) -> Ite
         try:
             dataset.plans += _plans(group, row, options.packing.longest, config)
             dataset.good.append(row)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             dataset.bad += 1
             yield Problem(group.name, group.where(row), str(error))
 

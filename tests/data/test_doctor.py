@@ -13,6 +13,7 @@ from PIL import Image
 
 from openbagel.config import nano
 from openbagel.data.doctor import DryRun, Examination, Report, examine
+from openbagel.data.mixture import Group
 from openbagel.data.packing import Packing
 from openbagel.data.samples import Sample
 from openbagel.hub import NANO
@@ -221,6 +222,24 @@ def test_rows_are_sampled_evenly(tmp_path: Path) -> None:
     (dataset,) = examined(path, rows=4).datasets
     assert dataset.good == [0, 2, 5, 7]
     assert len(examined(path, rows=99).datasets[0].good) == 10
+
+
+def test_a_disk_that_fails_on_a_row_is_a_problem_of_that_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in training, where the row counts as damaged and the others go on."""
+    own = Group.fields
+
+    def failing(group: Group, row: int) -> dict[str, Any]:
+        if row == 2:
+            raise OSError(5, "Input/output error")
+        return own(group, row)
+
+    monkeypatch.setattr(Group, "fields", failing)
+    report = examined(files.write_parquet(tmp_path / "x.parquet", [files.t2i_row(i) for i in range(4)]))
+    (dataset,), (problem,) = report.datasets, report.problems
+    assert (problem.where, problem.what) == (dataset.group.where(2), "[Errno 5] Input/output error")
+    assert dataset.good == [0, 1, 3] and dataset.bad == 1
 
 
 def test_the_table_counts_tokens_and_packs(tmp_path: Path) -> None:
