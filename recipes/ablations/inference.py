@@ -21,7 +21,7 @@ OUTPUT = Path(__file__).parent / "results" / "inference.json"
 PICTURES = Plan(kinds=("draw_one", "draw_two", "edit_recolour"), samples=100)
 THOUGHTS = Plan(kinds=("think_draw", "think_edit", "think_ask"), samples=50)
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
-STEPS = (2, 4, 8, 12, 24, 48, 96)
+STEPS = (2, 4, 8, 12, 24, 48)
 ETAS = (0.0, 0.5, 0.8, 1.0)
 POINTS = 25
 """Of the schedule, where they are not what is varied."""
