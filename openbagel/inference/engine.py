@@ -69,7 +69,8 @@ class Forward:
     @property
     def is_light(self) -> bool:
         """Whether it is one token of a text, or its end."""
-        return all(isinstance(s, Text) and len(s.ids) <= 2 for row in self.rows for s in row.segments)
+        segments = [segment for row in self.rows for segment in row.segments]
+        return all(isinstance(s, Text) and s.bare and len(s.ids) <= 2 for s in segments)
 
     @property
     def size(self) -> int:
