@@ -21,7 +21,7 @@ from openbagel import Bagel
 from openbagel.evals.world import BATCH, SEED
 from openbagel.world.exercise import Films, Shown
 from openbagel.world.judge import parse
-from openbagel.world.language import near_place
+from openbagel.world.language import places
 from openbagel.world.render import render_picture
 from openbagel.world.samples import world_named
 from openbagel.world.scene import Scene, Thing
@@ -89,7 +89,7 @@ def compare(pictures: list[Image.Image], questions: list[Question], cell: str | 
         (found,) = scene.things
         near = max(abs(found.x - wanted.x), abs(found.y - wanted.y)) <= NEAR
         looks = [getattr(found, name) == getattr(wanted, name) for name in ("shape", "size", "colour")]
-        for place, value in enumerate([True, *looks, near_place(found, cell) if cell else near]):
+        for place, value in enumerate([True, *looks, cell in places(found) if cell else near]):
             right[place] += value
     return right
 

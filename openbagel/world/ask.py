@@ -1,11 +1,13 @@
 """Questions about pictures, each with the one true answer."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from openbagel.world.choice import Choice, again, require
 from openbagel.world.edit import ask_change
 from openbagel.world.exercise import Said, Shown, Steps, Thinks, Writes, kinds
-from openbagel.world.language import NUMBERS, Phrase, caption, layout
+from openbagel.world.language import NUMBERS, Phrase, caption, layout, places
 from openbagel.world.scene import Look, Relation, Scene, Thing
 
 Asked = tuple[str, str]
@@ -20,8 +22,7 @@ def asking(scene: Scene, *asked: Asked) -> Steps:
 
 
 def _how_many(phrase: Phrase, scene: Scene) -> Asked:
-    number = NUMBERS[len(_matches(phrase, scene))]
-    return f"how many {phrase.noun(plural=True)} are there?", number
+    return f"how many {phrase.noun(plural=True)} are there?", NUMBERS[len(_matches(phrase, scene))]
 
 
 def _is_there(phrase: Phrase, scene: Scene) -> Asked:
@@ -30,6 +31,12 @@ def _is_there(phrase: Phrase, scene: Scene) -> Asked:
 
 def _what(about: str, phrase: Phrase, scene: Scene) -> Asked:
     return f"what {about} is {phrase.definite()}?", str(getattr(_only(phrase, scene), about))
+
+
+def _where(phrase: Phrase, scene: Scene) -> Asked:
+    found = places(_only(phrase, scene))
+    require(len(found) == 1)
+    return f"where is {phrase.definite()}?", f"at the {found.pop()}"
 
 
 def _matches(phrase: Phrase, scene: Scene) -> list[Thing]:
@@ -63,18 +70,25 @@ def ask_count(choose: Choice) -> Steps:
 
 def ask_colour(choose: Choice) -> Steps:
     """Ask "what colour is the square?" of a picture with one square."""
-    look = choose.look()
-    others = choose.others(lambda other: other.shape != look.shape)
-    scene = choose.shuffled([look, *others])
-    return asking(scene, _what("colour", Phrase(look.shape), scene))
+    return _of_one(choose, lambda look: Phrase(look.shape), partial(_what, "colour"))
 
 
 def ask_shape(choose: Choice) -> Steps:
     """Ask "what shape is the red object?" of a picture with one red object."""
+    return _of_one(choose, lambda look: Phrase(colour=look.colour), partial(_what, "shape"))
+
+
+def ask_place(choose: Choice) -> Steps:
+    """Ask "where is the red circle?" of one that clearly lies in one of the nine places."""
+    return _of_one(choose, lambda look: Phrase(*look.pair), _where)
+
+
+def _of_one(choose: Choice, words: Callable[[Look], Phrase], ask: Callable[[Phrase, Scene], Asked]) -> Steps:
+    """A question about an object, of a picture in which its words fit no other."""
     look = choose.look()
-    others = choose.others(lambda other: other.colour != look.colour)
-    scene = choose.shuffled([look, *others])
-    return asking(scene, _what("shape", Phrase(colour=look.colour), scene))
+    phrase = words(look)
+    scene = choose.shuffled([look, *choose.others(phrase.misses)])
+    return asking(scene, ask(phrase, scene))
 
 
 def ask_exists(choose: Choice) -> Steps:
@@ -100,11 +114,10 @@ def ask_relation(choose: Choice) -> Steps:
 
 @again
 def _ask_relation(pairs: Choice, relations: Choice) -> Steps:
-    world, rng = pairs.world, pairs.rng
-    scene = pairs.place(pairs.different_looks(rng.randint(2, world.max_things)))
-    first, second = rng.sample(scene.things, 2)
-    if pairs.held_out and not {first.pair, second.pair} & world.held_out:
-        first = next(thing for thing in scene.things if thing.pair in world.held_out)
+    scene = pairs.place(pairs.different_looks(pairs.rng.randint(2, pairs.world.max_things)))
+    first, second = pairs.rng.sample(scene.things, 2)
+    if pairs.held_out and not {first.pair, second.pair} & pairs.world.held_out:
+        first = next(thing for thing in scene.things if thing.pair in pairs.world.held_out)
     return asking(scene, _is_it(relations, first, second))
 
 
@@ -120,8 +133,7 @@ def _is_it(choose: Choice, first: Thing, second: Thing) -> Asked:
 
 def ask_caption(choose: Choice) -> Steps:
     """Ask "describe the picture."; the answer is the canonical caption."""
-    count = choose.rng.randint(1, choose.world.max_things)
-    scene = choose.world.sample_scene(choose.rng, count, held_out=choose.held_out)
+    scene = choose.scene()
     return asking(scene, ("describe the picture.", caption(scene)))
 
 
@@ -152,8 +164,7 @@ def _are_there_more(choose: Choice) -> Steps:
 
 def ask_turns(choose: Choice) -> Steps:
     """Ask two to five different things about one picture, one after the other."""
-    count = choose.rng.randint(1, choose.world.max_things)
-    scene = choose.world.sample_scene(choose.rng, count, held_out=choose.held_out)
+    scene = choose.scene()
     about = [thing.look for thing in scene.things if thing.pair in choose.world.held_out]
     asked = dict[str, str]()
     turns = choose.rng.randint(2, 5)
@@ -168,7 +179,7 @@ def _any_question(choose: Choice, scene: Scene, about: Look | None) -> Asked:
     look = about or (choose.pick(scene.things) if choose.chance(1 / 2) else choose.look())
     by_shape, by_colour, by_pair = Phrase(look.shape), Phrase(colour=look.colour), Phrase(*look.pair)
     named = choose.pick((by_shape, by_colour, by_pair))
-    match choose.rng.randrange(6):
+    match choose.rng.randrange(8):
         case 0:
             return _how_many(named, scene)
         case 1:
@@ -177,9 +188,11 @@ def _any_question(choose: Choice, scene: Scene, about: Look | None) -> Asked:
             return _what("colour", by_shape, scene)
         case 3:
             return _what("shape", by_colour, scene)
+        case 4 | 5:
+            return _where(by_pair, scene)
     other = choose.pick([thing for thing in scene.things if thing.pair != look.pair])
     return _is_it(choose, _only(by_pair, scene), _only(Phrase(*other.pair), scene))
 
 
 ASK = kinds(ask_count, ask_colour, ask_shape, ask_exists, ask_relation, ask_caption, ask_compare, ask_change)
-ASK |= kinds(ask_turns)
+ASK |= kinds(ask_turns, ask_place)

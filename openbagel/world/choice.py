@@ -81,6 +81,11 @@ class Choice:
         """From `least` to so many looks that fit that one more object has room in the world's pictures."""
         return self.looks(self.rng.randint(least, self.world.max_things - 1), fits)
 
+    def scene(self, least: int = 1) -> Scene:
+        """Of from `least` to as many objects as a picture has in this world."""
+        count = self.rng.randint(least, self.world.max_things)
+        return self.world.sample_scene(self.rng, count, held_out=self.held_out)
+
     def different_pairs(self, count: int) -> list[Pair]:
         """The first held out, if that is asked for."""
         pairs = self.rng.sample(self.world.pairs(held_out=False), count)

@@ -66,10 +66,8 @@ def draw_attribute(choose: Choice) -> Steps:
 
 def draw_dense(choose: Choice) -> Steps:
     """Draw "on a white ground: a small red circle at the top left and …": everything, in any order."""
-    most = choose.world.max_things
-    count = choose.rng.randint((most + 1) // 2, most)
-    target = choose.world.sample_scene(choose.rng, count, held_out=choose.held_out)
-    phrases = tuple(map(placed, choose.rng.sample(target.things, count)))
+    target = choose.scene((choose.world.max_things + 1) // 2)
+    phrases = tuple(map(placed, choose.rng.sample(target.things, len(target.things))))
     prompt = f"{on_ground(target.ground)}: {listed(phrases)}"
     return drawing(prompt, target, Spec(phrases, ground=target.ground))
 

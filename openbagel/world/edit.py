@@ -6,7 +6,7 @@ from functools import partial
 
 from openbagel.world.choice import Choice, again, require
 from openbagel.world.exercise import Draws, Said, Shown, Spec, Step, Steps, Task, Thinks, Writes, kinds
-from openbagel.world.language import Phrase, layout, near_place, place_name
+from openbagel.world.language import Phrase, layout, place_name, places
 from openbagel.world.scene import Ground, Look, Pair, Scene, Thing, exchanged
 
 
@@ -116,7 +116,7 @@ def _move(choose: Choice, state: State) -> Change:
     found = [choose.world.find_place(choose.rng, thing.look, others) for _ in range(3)]
     clear = require([one for one in found if one and place_name(one.x, one.y) in _CLEAR_PLACES])[0]
     where = place_name(clear.x, clear.y)
-    require(not near_place(thing, where))
+    require(where not in places(thing))
     after = Item(replace(thing, x=clear.x, y=clear.y), replace(Phrase.of(thing), place=where))
     where = f"to the {where}"
     return _changed(choose, state, item, after, order=f"move {{}} {where}", news=f"{{}} moved {where}")

@@ -35,9 +35,8 @@ class Phrase:
 
     def matches(self, look: Look) -> bool:
         """Whether an object has every attribute that is mentioned; the place counts for a thing only."""
-        if self.misses(look):
-            return False
-        return self.place is None or not isinstance(look, Thing) or near_place(look, self.place)
+        here = self.place is None or not isinstance(look, Thing) or self.place in places(look)
+        return here and not self.misses(look)
 
     def noun(self, *, plural: bool = False) -> str:
         """Without an article: "small red circle", "red objects"."""
@@ -74,10 +73,10 @@ def place_name(x: float, y: float) -> str:
     return " ".join(filter(None, (row, column))) or "centre"
 
 
-def near_place(thing: Thing, place: str) -> bool:
-    """Whether an object lies in the cell of that name, or at most `PLACE_SLACK` outside of it."""
+def places(thing: Thing) -> set[str]:
+    """The names of the cells in which an object lies, or at most `PLACE_SLACK` outside of which."""
     steps = (-PLACE_SLACK, 0.0, PLACE_SLACK)
-    return any(place_name(thing.x + dx, thing.y + dy) == place for dx in steps for dy in steps)
+    return {place_name(thing.x + dx, thing.y + dy) for dx in steps for dy in steps}
 
 
 def caption(scene: Scene) -> str:

@@ -10,7 +10,7 @@ from openbagel.world.scene import Scene, Size
 from tests.world import reading
 from tests.world.reading import BOTH, NUMBERS, RELATION, named, only
 
-KINDS = [f"ask_{kind}" for kind in ("count", "colour", "shape", "exists", "relation", "compare")]
+KINDS = [f"ask_{kind}" for kind in ("count", "colour", "shape", "exists", "place", "relation", "compare")]
 WORDS = list(NUMBERS)
 SIZES = list(Size)
 
@@ -27,6 +27,10 @@ def true_answer(prompt: str, scene: Scene) -> str:
         return getattr(only(match[2], scene), match[1])
     if match := re.fullmatch(r"is there an? (.*)\?", prompt):
         return "yes" if named(match[1], scene) else "no"
+    if match := re.fullmatch(r"where is the (.*)\?", prompt):
+        thing = only(match[1], scene)
+        assert min(abs(at - edge) for at in (thing.x, thing.y) for edge in (1 / 3, 2 / 3)) >= 0.079
+        return f"at the {reading.cell(thing)}"
     if match := re.fullmatch(r"are there more (.*) than (.*)\?", prompt):
         return "yes" if len(named(match[1], scene)) > len(named(match[2], scene)) else "no"
     if match := re.fullmatch(r"which is (larger|smaller), the (.*) or the (.*)\?", prompt):
@@ -67,7 +71,7 @@ def test_questions_of_turns_differ_and_their_answers_are_true(held_out: bool, wo
             shown = {thing.pair for thing in reading.shown(made)[0].things}
             words = {word for name in reading.NOUN.finditer(questions[0]) for word in name.groups()}
             assert any(words & set(pair) for pair in shown & reading.WORLD[world].held_out)
-    assert len(forms) == 5 and min(forms.values()) > forms.total() / 20
+    assert len(forms) == 6 and min(forms.values()) > forms.total() / 20
 
 
 @pytest.mark.parametrize("world", BOTH)

@@ -100,6 +100,7 @@ BASELINES = {
     "ask_colour": 0.35,
     "ask_shape": 0.35,
     "ask_exists": 0.6,
+    "ask_place": 0.25,
     "ask_relation": 0.6,
     "ask_compare": 0.6,
     "ask_caption": 0.05,
