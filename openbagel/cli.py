@@ -14,8 +14,8 @@ from enum import Enum
 from typing import Any
 
 import openbagel
-from openbagel.config import nearest
-from openbagel.verbs import VERBS
+from openbagel.checks import nearest
+from openbagel.verbs import VERBS, verb_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,15 +67,17 @@ def _typed(hint: Any, argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def parser_for(name: str) -> Parser:
-    verb = VERBS[name]
+    verb = verb_of(name)
     parser = Parser(prog=f"openbagel {name}", description=verb.__doc__, allow_abbrev=False)
     add_fields(parser, verb)
     return parser
 
 
 def usage() -> str:
-    lines = ["usage: openbagel VERB …", "", *(f"  {name:<14}{verb.__doc__}" for name, verb in VERBS.items())]
-    return "\n".join([*lines, "", "openbagel VERB --help lists a verb's options"])
+    verbs = (f"  {name:<14}{verb_of(name).__doc__}" for name in VERBS)
+    return "\n".join(
+        ["usage: openbagel VERB …", "", *verbs, "", "openbagel VERB --help lists a verb's options"]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,9 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"openbagel: unknown verb {name!r}{nearest(name, VERBS)}\n{usage()}", file=sys.stderr)
         return 2
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    parsed = vars(parser_for(name).parse_strictly(rest))
     try:
-        return VERBS[name](**parsed).run() or 0
+        parsed = vars(parser_for(name).parse_strictly(rest))
+        return verb_of(name)(**parsed).run() or 0
     except BrokenPipeError:  # the reader, such as `head`, has enough: nothing is left to be written at exit
         sys.stdout = None
         return 1

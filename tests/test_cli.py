@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from openbagel import cli, verbs
+from openbagel import cli
 from openbagel.config import Sampling
 from openbagel.flow import Guidance, Renorm
 from openbagel.verbs import use
@@ -231,7 +231,7 @@ def test_options_reach_the_sampling():
         )
     )
     values |= {"guidance_interval": tuple(values["guidance_interval"]), "renorm": Renorm(values["renorm"])}
-    sampling = verbs.Generate(**values).over(Sampling())
+    sampling = use.Generate(**values).over(Sampling())
     assert sampling.guidance == Guidance(text=3.0, interval=(0.1, 0.9), renorm=Renorm.CHANNEL)
     assert sampling.top_k == 5 and sampling.num_timesteps == Sampling().num_timesteps
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openbagel import cli, verbs
+from openbagel import cli
 from openbagel.inference.pipeline import Bagel
 from openbagel.lora import (
     PREFIX,
@@ -26,6 +26,7 @@ from openbagel.lora import (
     save_adapter,
 )
 from openbagel.model.bagel import BagelModel
+from openbagel.verbs import use
 from openbagel.weights import save_checkpoint
 from tests import tiny
 from tests.test_lora import adapted, change, far, fresh, hidden, seeded
@@ -248,7 +249,7 @@ def test_a_bagel_takes_several_with_weights(pair: tuple[Path, Path], tmp_path: P
     assert torch.equal(loaded([pair[0]]), loaded(a))
     assert torch.equal(loaded({a: 0.0}), loaded(None))
     asked = vars(cli.parser_for("ask").parse_strictly(["--lora", a, "what?", "--lora", f"{b}=0.5"]))
-    bagel = verbs.Ask(**asked | {"model": str(tmp_path / "model"), "device": "cpu"}).load()
+    bagel = use.Ask(**asked | {"model": str(tmp_path / "model"), "device": "cpu"}).load()
     assert torch.equal(hidden(bagel.model), loaded({a: 1, b: 0.5}))
     out = str(tmp_path / "merged")
     given = ["convert", str(tmp_path / "model"), out, "--to", "float32", "--lora", a, "--lora", f"{b}=0.5"]

@@ -1,24 +1,24 @@
 """The verbs of the command line: `openbagel generate` and all others.
 
 Every verb is a frozen dataclass: its fields are its arguments, its docstring is its help, its `run` does the
-work and returns an exit code other than 0 if it has one.
+work and returns an exit code other than 0 if it has one. Only the module of the verb that is asked for is
+imported.
 """
 
-from openbagel.verbs.models import Convert, Doctor, Download, Info
-from openbagel.verbs.scores import Eval, EvalCurve, EvalReport
-from openbagel.verbs.serving import Serve, Ui
-from openbagel.verbs.training import DataConvert, DataDoctor, DataExample, Train, TrainPlot
-from openbagel.verbs.use import Ask, Demo, Edit, Generate, Video
+from importlib import import_module
+from typing import Any
 
-VERBS: dict[str, type] = {
-    verb.__name__.lower(): verb
-    for verb in (Generate, Ask, Edit, Video, Serve, Ui, Info, Download, Doctor, Demo, Eval, Train, Convert)
+MODULES = {
+    "use": ("generate", "ask", "edit", "video", "demo"),
+    "serving": ("serve", "ui"),
+    "training": ("train", "train plot", "data doctor", "data convert", "data example"),
+    "scores": ("eval", "eval report", "eval curve"),
+    "models": ("info", "convert", "download", "doctor"),
 }
-VERBS |= {
-    "eval report": EvalReport,
-    "eval curve": EvalCurve,
-    "train plot": TrainPlot,
-    "data doctor": DataDoctor,
-    "data convert": DataConvert,
-    "data example": DataExample,
-}
+VERBS = {verb: module for module, verbs in MODULES.items() for verb in verbs}
+"""Where each verb is."""
+
+
+def verb_of(name: str) -> Any:
+    """The dataclass of a verb: "eval report" is `EvalReport`."""
+    return getattr(import_module(f"openbagel.verbs.{VERBS[name]}"), name.title().replace(" ", ""))
