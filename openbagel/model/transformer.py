@@ -172,10 +172,15 @@ class Block(nn.Module):
         return x_TD + route(experts, Expert.feed_forward, x_TD)
 
 
+def empty_embedding(rows: int, width: int) -> nn.Embedding:
+    """Without initial values: to draw them on the meta device torch imports its compiler, for a second."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class Decoder(nn.Module):
     def __init__(self, config: LLMConfig, experts: Experts) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = empty_embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, experts) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if experts is not Experts.DENSE:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openbagel.config import BagelConfig, ViTConfig
+from openbagel.model.transformer import empty_embedding
 
 
 class Attention(nn.Module):
@@ -62,7 +63,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: ViTConfig, side: int) -> None:
         super().__init__()
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.hidden_size)
-        self.position_embedding = nn.Embedding(side**2, config.hidden_size)
+        self.position_embedding = empty_embedding(side**2, config.hidden_size)
 
     def forward(self, patches_VP: Tensor, position_ids_V: Tensor) -> Tensor:
         embedded = self.patch_embedding(patches_VP.to(self.patch_embedding.weight.dtype))
