@@ -159,14 +159,14 @@ class BagelModel(nn.Module):
         """Random weights for training from nothing: both experts alike, `llm2vae` zero, norms one.
 
         Matrices are normal with variance 1 / inputs, those that write into the residual stream smaller by
-        √(2·layers).
+        √(2·layers). The ViT's positions are as large as its patches, else it sees them as a set for long.
         """
         with torch.no_grad():
             for name, module in self.named_modules():
                 if isinstance(module, PositionTable):
                     module.reset_parameters()
                 elif isinstance(module, nn.Embedding):
-                    module.weight.normal_(0, 0.02, generator=generator)
+                    module.weight.normal_(0, 1 if "position" in name else 0.02, generator=generator)
                 elif isinstance(module, nn.Linear):
                     self._initialise_linear(name, module, generator)
                 elif isinstance(module, nn.LayerNorm):

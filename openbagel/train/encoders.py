@@ -7,7 +7,8 @@ Source: noise-augmented decoding, arXiv 2510.11690 §4.
 It sees pictures of every kind of exercise: one that knew stills alone spoiled two of three solids.
 
 The ViT learns to see: from a patch's features a linear head tells whether an object's centre lies there,
-which object it is, where exactly, and what the ground is.
+which object it is, where in the picture, and what the ground is. The decoder adds positions of its own, but
+features outgrow them.
 
 Shapes: V patches of all pictures, D width of the ViT.
 """
@@ -174,7 +175,7 @@ class Pictures:
     counts: tuple[int, ...]
     things: Tensor
     places: Tensor
-    """float[objects, 2]: each centre in its patch, from 0 to 1."""
+    """float[objects, 2]: each centre in the picture, from 0 to 1."""
     grounds: Tensor
 
 
@@ -187,7 +188,7 @@ class VisionTrainer(EncoderTrainer):
         assert model.config.vit
         self.patch, self.side = model.config.vit.patch_size, model.config.vit_max_num_patch_per_side
         self.grid = world.side // self.patch
-        self.weights = {"found": 4.0, "placed": 10.0, "named": 1.0, "ground": 0.3}
+        self.weights = {"found": 4.0, "placed": 160.0, "named": 1.0, "ground": 0.3}
 
     def batches(self) -> list[Pictures]:
         return [self.pictures(self.step)]
@@ -233,5 +234,5 @@ class VisionTrainer(EncoderTrainer):
                 patch = (number * self.grid + row) * self.grid + column
                 names = (world.shapes.index(thing.shape), world.colours.index(thing.colour))
                 things[patch] = [patch, *names, world.sizes.index(thing.size)]
-                places[patch] = [thing.x * self.grid - column, thing.y * self.grid - row]
+                places[patch] = [thing.x, thing.y]
         return list(things.values()), list(places.values())
