@@ -74,10 +74,8 @@ def parser_for(name: str) -> Parser:
 
 
 def usage() -> str:
-    verbs = (f"  {name:<14}{verb_of(name).__doc__}" for name in VERBS)
-    return "\n".join(
-        ["usage: openbagel VERB …", "", *verbs, "", "openbagel VERB --help lists a verb's options"]
-    )
+    verbs = "\n".join(f"  {name:<14}{verb_of(name).__doc__}" for name in VERBS)
+    return f"usage: openbagel VERB …\n\n{verbs}\n\nopenbagel VERB --help lists a verb's options"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

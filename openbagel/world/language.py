@@ -35,8 +35,9 @@ class Phrase:
 
     def matches(self, look: Look) -> bool:
         """Whether an object has every attribute that is mentioned; the place counts for a thing only."""
-        here = self.place is None or not isinstance(look, Thing) or self.place in places(look)
-        return here and not self.misses(look)
+        if self.misses(look):
+            return False
+        return self.place is None or not isinstance(look, Thing) or self.place in places(look)
 
     def noun(self, *, plural: bool = False) -> str:
         """Without an article: "small red circle", "red objects"."""
